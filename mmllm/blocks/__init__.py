@@ -1,0 +1,1 @@
+"""Pure torch pieces that know nothing of mmllm."""

@@ -1,0 +1,90 @@
+"""Connectors carry tower features into the LLM's input-embedding space; here they are built and loaded."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmllm.connectors.base import FolderConnector
+from mmllm.connectors.grid import GridMLPConnector
+from mmllm.connectors.qformer import QFormerConnector
+from mmllm.connectors.simple import AvgPoolConnector, LinearConnector, MLPConnector
+from mmllm.contracts import Connector
+from mmllm.errors import UserError, unknown
+from mmllm.registry import get
+
+__all__ = [
+    "AvgPoolConnector",
+    "Connector",
+    "FolderConnector",
+    "GridMLPConnector",
+    "LinearConnector",
+    "MLPConnector",
+    "QFormerConnector",
+    "build_connector",
+    "load_connector_folder",
+]
+
+
+def build_connector(config: dict[str, Any]) -> Connector:
+    """Makes a connector with fresh weights.
+
+    Args:
+        config: ``{"type": "linear" | "mlp" | "grid_mlp" | "qformer" | "avg_pool" | ..., "in_dim", "out_dim", ...}``;
+            the other keys are the arguments of that connector's class.
+
+    Raises:
+        UserError: unknown type, unknown or missing key, an impossible value.
+    """
+    settings = dict(config)
+    if "type" not in settings:
+        raise UserError("missing key 'type'", "connector", "for instance type: mlp")
+    kind = settings.pop("type")
+    cls = get("connector", kind)
+    valid = list(inspect.signature(cls).parameters)
+    for key in settings:
+        if key not in valid:
+            raise unknown("connector key", key, ["type", *valid], f"connector '{kind}'")
+    for key, p in inspect.signature(cls).parameters.items():
+        if p.default is inspect.Parameter.empty and key not in settings:
+            raise UserError(f"missing key '{key}'", f"connector '{kind}'")
+    return cls(**settings)
+
+
+def load_connector_folder(folder: str | Path, **changes: Any) -> Connector:
+    """Loads what ``save_pretrained`` wrote (``config.json`` + ``model.safetensors``).
+
+    Args:
+        changes: config keys to change on loading, such as ``positions=True`` for a connector that was aligned without
+            them. Parameters that only the changed connector has keep their fresh values; every saved one must fit.
+
+    Raises:
+        UserError: the folder holds no connector, or its weights don't fit the changed config.
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    config_file, weights_file = folder / "config.json", folder / "model.safetensors"
+    if not config_file.is_file() or not weights_file.is_file():
+        raise UserError("no connector here (config.json and model.safetensors)", folder, "give a connector folder")
+    saved = json.loads(config_file.read_text(encoding="utf-8"))
+    connector = build_connector({**saved, **changes})
+    weights = load_file(str(weights_file))
+    here = connector.state_dict()
+    for name, tensor in weights.items():
+        if name not in here or here[name].shape != tensor.shape:
+            raise UserError(
+                f"weight '{name}' {list(tensor.shape)} does not fit the connector",
+                folder,
+                f"keep the saved settings ({', '.join(f'{k}={v}' for k, v in saved.items())})",
+            )
+    fresh = set(here) - set(weights)
+    if fresh and not changes:
+        raise UserError(f"weights missing: {', '.join(sorted(fresh))}", folder, "the folder is incomplete")
+    with torch.no_grad():
+        connector.load_state_dict(weights, strict=False)
+    return connector

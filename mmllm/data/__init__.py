@@ -1,0 +1,1 @@
+"""Records, sources, scenes, collation and the feature cache."""

@@ -1,0 +1,94 @@
+"""Opens pictures and sounds, and says in one line what is wrong with a file that is neither."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from mmllm.errors import UserError
+
+MAX_PIXELS = 100_000_000  # above this a picture is a mistake or a decompression bomb
+MAX_SECONDS = 3600.0
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """The picture as PIL RGB, transparency on white.
+
+    Raises:
+        UserError: missing, not a picture, truncated, empty or larger than ``MAX_PIXELS``.
+    """
+    image = open_image(path)
+    if image.mode in ("RGBA", "LA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """The decoded picture in its own mode (a cut-out keeps its transparency); errors as in ``load_image``."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(path)
+            width, height = image.size
+            if width < 1 or height < 1:
+                raise UserError("picture of 0 pixels", path)
+            if width * height > MAX_PIXELS:
+                raise UserError(
+                    f"picture of {width}x{height} is too large", path, f"at most {MAX_PIXELS // 10**6} megapixels"
+                )
+            image.load()
+            return image
+    except FileNotFoundError:
+        raise UserError("no such picture", path) from None
+    except IsADirectoryError:
+        raise UserError("a folder, not a picture", path) from None
+    except Image.DecompressionBombError:
+        raise UserError("picture is too large", path, f"at most {MAX_PIXELS // 10**6} megapixels") from None
+    except UnidentifiedImageError:
+        raise UserError("not a picture", path, "give a PNG, JPEG, WebP or GIF file") from None
+    except (OSError, SyntaxError, ValueError) as e:
+        raise UserError(f"broken picture ({str(e).splitlines()[0] if str(e) else type(e).__name__})", path) from None
+
+
+def resample(wave: np.ndarray, rate: int, target: int) -> np.ndarray:
+    """wave [T] at ``rate`` Hz -> the same sound at ``target`` Hz, by a polyphase filter."""
+    if rate == target:
+        return wave.astype(np.float32)
+    from math import gcd
+
+    from scipy.signal import resample_poly
+
+    common = gcd(rate, target)
+    return resample_poly(wave, target // common, rate // common).astype(np.float32)
+
+
+def load_audio(path: str | Path, sampling_rate: int = 16000) -> np.ndarray:
+    """The sound as mono float32 [T] at ``sampling_rate``.
+
+    Raises:
+        UserError: missing, not a sound, truncated, empty, longer than an hour, or with values that are not numbers.
+    """
+    import soundfile
+
+    if not Path(path).exists():
+        raise UserError("no such sound file", path)
+    try:
+        with soundfile.SoundFile(str(path)) as f:
+            rate, expected = f.samplerate, f.frames
+            if expected > MAX_SECONDS * rate:
+                raise UserError(f"sound of {expected / rate:.0f} s is too long", path, f"at most {MAX_SECONDS:.0f} s")
+            wave = f.read(dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, RuntimeError, OSError) as e:
+        reason = str(e).split(": ")[-1].rstrip(".")
+        raise UserError(f"not a sound, or broken ({reason})", path, "give a WAV, FLAC, OGG or MP3 file") from None
+    if len(wave) == 0:
+        raise UserError("empty sound", path)
+    if len(wave) < expected:
+        raise UserError(f"sound ends after {len(wave)} of {expected} samples", path, "the file is cut off")
+    if not np.isfinite(wave).all():
+        raise UserError("sound holds values that are not numbers", path)
+    return resample(wave.mean(1), rate, sampling_rate)

@@ -1,0 +1,140 @@
+"""Reads records: our JSONL, and LLaVA / ShareGPT files converted on the way in; media paths become absolute."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mmllm.errors import UserError
+
+MEDIA_FIELDS = ("image", "audio", "video")
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+PLACEHOLDER = re.compile(r"\s*<(image|audio|video)>\s*")
+
+
+def iter_records(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, record as it stands) of a JSONL file, or (item number, record) of a JSON list.
+
+    Raises:
+        UserError: missing file, broken JSON or a line that is not an object, with file and line.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".json":
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(data, list):
+                raise UserError("expected a JSON list of records", path)
+            rows: Iterator[tuple[int, Any]] = enumerate(data, 1)
+            yield from (_checked(path, n, r) for n, r in rows)
+            return
+        with path.open(encoding="utf-8") as f:
+            for number, line in enumerate(f, 1):
+                if line.strip():
+                    try:
+                        yield _checked(path, number, json.loads(line))
+                    except json.JSONDecodeError as e:
+                        raise UserError(f"not valid JSON ({e.msg})", f"{path}:{number}") from None
+    except FileNotFoundError:
+        raise UserError("no such records file", path) from None
+    except IsADirectoryError:
+        raise UserError("a folder, not a records file", path, "give the .jsonl file inside it") from None
+    except json.JSONDecodeError as e:
+        raise UserError(f"not valid JSON ({e.msg})", f"{path}:{e.lineno}") from None
+    except UnicodeDecodeError:
+        raise UserError("not a text file in UTF-8", path, "give a .jsonl file of records") from None
+
+
+def _checked(path: Path, number: int, record: Any) -> tuple[int, dict[str, Any]]:
+    if not isinstance(record, dict):
+        raise UserError("a record must be a JSON object", f"{path}:{number}")
+    return number, record
+
+
+def read_records(path: str | Path, limit: int | None = None) -> list[dict[str, Any]]:
+    """All records, in our two forms (tuple or conversation), with absolute media paths.
+
+    Raises:
+        UserError: see ``iter_records``; also for a record of no known form.
+    """
+    path = Path(path)
+    out = []
+    for number, raw in iter_records(path):
+        where = f"{path}:{number}"
+        record = from_conversations(raw, where) if "conversations" in raw else dict(raw)
+        record.setdefault("id", f"{path.stem}-{number}")
+        out.append(with_absolute_paths(record, path.parent.absolute()))
+        if limit is not None and len(out) >= limit:
+            break
+    return out
+
+
+def _absolute(value: Any, folder: Path) -> Any:
+    if isinstance(value, list):
+        return [_absolute(v, folder) for v in value]
+    if isinstance(value, str) and "://" not in value and not value.startswith("data:"):
+        return str(folder.joinpath(value))
+    return value
+
+
+def with_absolute_paths(record: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The record with every media path made absolute against ``folder``; URLs and data URIs stay as they are."""
+    out = dict(record)
+    for name in MEDIA_FIELDS:
+        if name in out:
+            out[name] = _absolute(out[name], folder)
+
+    def message(m: dict[str, Any]) -> dict[str, Any]:
+        content = m.get("content")
+        if not isinstance(content, list):
+            return m
+        parts = [
+            {**p, "path": _absolute(p["path"], folder)} if isinstance(p, dict) and "path" in p else p for p in content
+        ]
+        return {**m, "content": parts}
+
+    if "messages" in out:
+        out["messages"] = [message(m) for m in out["messages"]]
+    if "branches" in out:
+        out["branches"] = [[message(m) for m in branch] for branch in out["branches"]]
+    return out
+
+
+def from_conversations(record: dict[str, Any], where: object = None) -> dict[str, Any]:
+    """LLaVA / ShareGPT ``{"image", "conversations": [{"from", "value"}]}`` -> ``{"id", "messages"}``.
+
+    ``<image>`` marks in the text become image parts in place; media without a mark come first.
+
+    Raises:
+        UserError: an unknown speaker, or a number of marks that does not fit the media.
+    """
+    media: dict[str, list[str]] = {}
+    for kind in MEDIA_FIELDS:
+        value = record.get(kind, record.get(f"{kind}s"))
+        media[kind] = [value] if isinstance(value, str) else list(value or [])
+    waiting = {k: list(v) for k, v in media.items()}
+    messages = []
+    for turn in record["conversations"]:
+        speaker, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content", ""))
+        if speaker not in ROLES:
+            raise UserError(f"unknown speaker '{speaker}'", where, "use human and gpt")
+        parts: list[dict[str, Any]] = []
+        pieces = PLACEHOLDER.split(text)
+        for i, piece in enumerate(pieces):
+            if i % 2:
+                if not waiting[piece]:
+                    raise UserError(f"more <{piece}> marks than {piece}s", where)
+                parts.append({"type": piece, "path": waiting[piece].pop(0)})
+            elif piece:
+                parts.append({"type": "text", "text": piece})
+        messages.append({"role": ROLES[speaker], "content": parts})
+    first = next((m for m in messages if m["role"] == "user"), None)
+    for kind, left in waiting.items():
+        if left and len(left) < len(media[kind]):
+            raise UserError(f"fewer <{kind}> marks than {kind}s", where)
+        if left and first is not None:
+            first["content"][:0] = [{"type": kind, "path": p} for p in left]
+    out = {"messages": messages}
+    return {"id": str(record["id"]), **out} if "id" in record else out

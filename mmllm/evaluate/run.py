@@ -1,0 +1,250 @@
+"""`mmllm eval`: asks a model every question of the chosen tasks, with controls, and writes figures and predictions."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmllm.errors import UserError, unknown
+from mmllm.evaluate.tasks import EvalData, EvalTask, Row, Sample, take_clusters
+from mmllm.registry import get, names
+from mmllm.report.figures import Figure, write_figures
+
+# Scored questions go to the decoder in portions of this many, so that progress shows and memory stays flat.
+SCORE_PORTION = 256
+GENERATE_PORTION = 64
+CONTROL_CLUSTERS = 80
+
+
+@dataclass
+class Job:
+    """One sample on its way through the decoder."""
+
+    task: EvalTask
+    sample: Sample
+    calibration: bool = False
+    row: Row | None = None
+
+
+def task_names() -> list[str]:
+    """All tasks: those on the multimodal LLM, and ``retrieval`` on an align run."""
+    from mmllm.evaluate import chair, grounding, hearing, pope  # noqa: F401  (they register their tasks)
+
+    return [*names("task"), "retrieval"]
+
+
+def make_jobs(tasks: Sequence[EvalTask], shuffled: bool, control_clusters: int | None, seed: int) -> list[Job]:
+    """Every sample of every task; controls for the first clusters; calibration samples once per kind of task."""
+    jobs: list[Job] = []
+    calibrated: set[type] = set()
+    for task in tasks:
+        samples = task.samples()
+        jobs += [Job(task, s) for s in samples]
+        if shuffled:
+            jobs += [Job(task, s) for s in task.control(take_clusters(samples, control_clusters), seed)]
+        if type(task) not in calibrated:
+            calibrated.add(type(task))
+            jobs += [Job(task, s, calibration=True) for s in task.calibration_samples()]
+    return jobs
+
+
+def answer_jobs(decoder: Any, jobs: Sequence[Job], decode: str, seed: int) -> None:
+    """Fills ``job.row`` of every job.
+
+    Questions on the same media stand side by side, so that the decoder computes their common prefix once; free answers
+    of similar length are generated together.
+    """
+    from mmllm.decode import Request
+
+    def request(job: Job) -> Any:
+        # One seed per media: all questions on a picture then share the views that noise makes of it.
+        salt = zlib.crc32("|".join(job.sample.media).encode()) ^ seed
+        return Request(job.task.prompt(job.sample), decode, max_new_tokens=job.task.max_new_tokens, seed=salt)
+
+    scored = sorted((j for j in jobs if j.sample.choices), key=lambda j: (j.sample.kind, j.sample.media))
+    free = sorted((j for j in jobs if not j.sample.choices), key=lambda j: (j.task.max_new_tokens, j.sample.media))
+    progress = Progress(len(scored) + len(free))
+    for portion in media_portions(scored, SCORE_PORTION):
+        results = decoder.score([request(j) for j in portion], [j.sample.choices for j in portion])
+        for job, scores in zip(portion, results, strict=True):
+            assert job.sample.choices is not None
+            best = max(range(len(scores)), key=lambda i: scores[i])
+            job.row = Row(job.sample, job.sample.choices[best], [float(x) for x in scores])
+        progress.add(len(portion))
+    for start in range(0, len(free), GENERATE_PORTION):
+        portion = free[start : start + GENERATE_PORTION]
+        for job, result in zip(portion, decoder.generate([request(j) for j in portion]), strict=True):
+            job.row = Row(job.sample, result.text)
+        progress.add(len(portion))
+    for job in jobs:
+        assert job.row is not None
+        job.task.judge(job.row)
+
+
+def media_portions(jobs: Sequence[Job], size: int) -> list[list[Job]]:
+    """Consecutive portions of about ``size`` jobs that never part jobs on the same media."""
+    portions: list[list[Job]] = []
+    last: list[str] | None = None
+    for job in jobs:
+        if not portions or (len(portions[-1]) >= size and job.sample.media != last):
+            portions.append([])
+        portions[-1].append(job)
+        last = job.sample.media
+    return portions
+
+
+class Progress:
+    """A line now and then: questions answered, rate, time left."""
+
+    def __init__(self, total: int, every: float = 10.0):
+        self.total, self.every, self.done = total, every, 0
+        self.start = self.said = time.monotonic()
+
+    def add(self, count: int) -> None:
+        self.done += count
+        now = time.monotonic()
+        if now - self.said >= self.every or self.done == self.total:
+            self.said = now
+            rate = self.done / max(now - self.start, 1e-6)
+            left = (self.total - self.done) / rate
+            print(f"eval: {self.done} of {self.total} questions, {rate:.1f}/s, {left:.0f} s left", flush=True)
+
+
+def finish(tasks: Sequence[EvalTask], jobs: Sequence[Job]) -> list[Figure]:
+    """Calibrates on the calibration rows, then collects the figures of every task."""
+    figures: list[Figure] = []
+    for task in tasks:
+        task.calibrate([j.row for j in jobs if j.calibration and type(j.task) is type(task) and j.row])
+        rows = [j.row for j in jobs if j.task is task and not j.calibration and j.row]
+        if rows:
+            figures += task.aggregate(rows)
+    return figures
+
+
+def write_predictions(path: Path, jobs: Sequence[Job]) -> None:
+    """predictions.jsonl: every answer with question, truth and scores, controls and calibration included."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8") as f:
+        for job in jobs:
+            assert job.row is not None
+            line = job.row.to_dict(task_name(job.task))
+            line["split"] = "validation" if job.calibration else job.task.split
+            f.write(json.dumps(line, ensure_ascii=False) + "\n")
+    os.replace(part, path)
+
+
+def task_name(task: EvalTask) -> str:
+    return next(n for n in names("task") if get("task", n) is type(task))
+
+
+def check_tasks(tasks: Sequence[str]) -> list[str]:
+    """The asked task names without repeats.
+
+    Raises:
+        UserError: an unknown name, or none at all.
+    """
+    valid = task_names()
+    for name in tasks:
+        if name not in valid:
+            raise unknown("task", name, valid, "--tasks")
+    if not tasks:
+        raise UserError("no task given", "--tasks", f"choose from {', '.join(valid)}")
+    return list(dict.fromkeys(tasks))
+
+
+def run_eval(
+    model_path: str | Path | None,
+    dataset: str | Path,
+    tasks: Sequence[str],
+    decode: str = "greedy",
+    limit: int | None = None,
+    out: str | Path | None = None,
+    shuffled: bool = True,
+    align: str | Path | None = None,
+    seed: int = 0,
+    control_clusters: int | None = CONTROL_CLUSTERS,
+    decoder: Any = None,
+    command: str = "mmllm eval",
+) -> list[Figure]:
+    """Evaluates a model and writes ``results.json`` and ``predictions.jsonl`` into ``out``.
+
+    Args:
+        model_path: run folder or model folder of the multimodal LLM; not needed for ``retrieval`` alone.
+        dataset: dataset folder, or its reference such as ``starter:full``.
+        tasks: names from :func:`task_names`.
+        decode: decoding method, such as ``greedy`` or ``vcd:alpha=1``.
+        limit: most scenes, sounds or pictures per split and task.
+        out: folder for the output; default ``eval`` in the model's (or align run's) folder.
+        shuffled: also ask about shuffled media, for the first ``control_clusters`` scenes of each task.
+        align: align run for ``retrieval``.
+        decoder: anything with the decoder's ``score`` and ``generate``; made from ``model_path`` when absent.
+
+    Raises:
+        UserError: unknown task or decoding method, missing data, no model, or a task that this dataset cannot serve.
+    """
+    from mmllm.data.models import resolve_dataset
+    from mmllm.decode import parse_spec
+
+    start = time.monotonic()
+    chosen = check_tasks(tasks)
+    spec = str(parse_spec(decode))
+    data = EvalData(resolve_dataset(str(dataset)), limit, seed)
+    asked: list[EvalTask] = []
+    for name in chosen:
+        if name == "retrieval":
+            continue
+        task = get("task", name)
+        splits = task.splits(data)
+        if not splits:
+            raise UserError(
+                f"the dataset has nothing for task '{name}'", data.root, "build it again or leave the task out"
+            )
+        asked += [task(data, split) for split in splits]
+    if "retrieval" in chosen and align is None:
+        raise UserError("task 'retrieval' needs an align run", "--align", "give --align RUN or leave the task out")
+    if asked and decoder is None:
+        decoder = load_decoder(model_path)
+    home = model_path or align
+    if out is None and home is None:
+        raise UserError("nowhere to write to", "--out", "give a folder")
+    folder = Path(out) if out is not None else Path(str(home)) / "eval"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    jobs = make_jobs(asked, shuffled, control_clusters, seed)
+    figures: list[Figure] = []
+    if jobs:
+        answer_jobs(decoder, jobs, spec, seed)
+        figures += finish(asked, jobs)
+        write_predictions(folder / "predictions.jsonl", jobs)
+    if "retrieval" in chosen:
+        from mmllm.evaluate.alignment import alignment_figures
+
+        figures += alignment_figures(align, data)  # type: ignore[arg-type]
+    extra = {
+        "missing": data.manifest.get("missing", []), "model": None if model_path is None else str(model_path),
+        "align": None if align is None else str(align), "data": str(dataset), "decode": spec, "limit": limit,
+        "seconds": round(time.monotonic() - start, 1),
+    }  # fmt: skip
+    write_figures(folder / "results.json", command, seed, None, data.manifest.get("sources", []), figures, **extra)
+    return figures
+
+
+def load_decoder(model_path: str | Path | None) -> Any:
+    """The decoder on a trained model.
+
+    Raises:
+        UserError: no path, or not a multimodal model.
+    """
+    from mmllm.decode import Decoder
+    from mmllm.model import load_model
+
+    if model_path is None:
+        raise UserError("these tasks need a model", "--model", "give --model RUN")
+    model, processor = load_model(str(model_path))
+    return Decoder(model.eval(), processor)

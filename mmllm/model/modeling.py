@@ -1,0 +1,255 @@
+"""The multimodal LLM: tower tokens, carried by connectors, take the places of placeholder tokens in any causal LM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from mmllm.connectors import build_connector
+from mmllm.contracts import Features
+from mmllm.data.conversations import branch_mask
+from mmllm.errors import UserError
+from mmllm.model.config import MMLLMConfig
+from mmllm.towers import build_tower
+
+MEDIA_KEYS = (
+    "pixel_values",
+    "input_features",
+    "feature_attention_mask",
+    "image_tower_tokens",
+    "audio_tower_tokens",
+    "audio_tower_mask",
+)
+
+
+class MMLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """Parts: ``vision_tower``, ``audio_tower`` and their ``*_connector`` (each may be None), ``language_model``.
+
+    Towers and connectors stay in float32 whatever the LLM's dtype: they are small, BatchNorm and log-mel want it, and
+    trained numbers and served numbers are then the same.
+    """
+
+    config_class = MMLLMConfig
+    config: MMLLMConfig
+    base_model_prefix = "language_model"
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    supports_gradient_checkpointing = True
+    _keep_in_fp32_modules_strict = {"vision_tower", "audio_tower", "vision_connector", "audio_connector"}
+
+    def __init__(self, config: MMLLMConfig, language_model: nn.Module | None = None):
+        super().__init__(config)
+        self.vision_tower = build_tower(config.vision_config) if config.vision_config else None
+        self.audio_tower = build_tower(config.audio_config) if config.audio_config else None
+        self.vision_connector = build_connector(config.vision_connector) if config.vision_connector else None
+        self.audio_connector = build_connector(config.audio_connector) if config.audio_connector else None
+        # A ready LLM may be handed in (build_model), else it is made from its config.
+        self.language_model = (
+            AutoModelForCausalLM.from_config(config.text_config) if language_model is None else language_model
+        )
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Towers, connectors and the LLM each set their own starting weights when they are built."""
+
+    def train(self, mode: bool = True) -> MMLLMForConditionalGeneration:
+        """Frozen towers stay in eval mode: their BatchNorm and dropout must not move while the rest trains."""
+        super().train(mode)
+        for tower in (self.vision_tower, self.audio_tower):
+            if tower is not None and not any(p.requires_grad for p in tower.parameters()):
+                tower.eval()
+        return self
+
+    # ---- parts ----------------------------------------------------------------------------------------------------
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_output_embeddings(value)
+
+    # ---- media to LLM tokens ----------------------------------------------------------------------------------------
+
+    def get_image_features(
+        self, pixel_values: Tensor | None = None, image_tower_tokens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Pictures [n, 3, H, W], or their cached tower tokens [n, N, D] -> LLM tokens [n, M, H] and mask [n, M]."""
+        if self.vision_connector is None or self.vision_tower is None:
+            raise UserError("this model has no vision tower", do="use a model that was trained with pictures")
+        if image_tower_tokens is not None:
+            features = _cached(image_tower_tokens, None, getattr(self.vision_tower, "grid", None))
+        else:
+            features = self.vision_tower(pixel_values=pixel_values)
+        return self.vision_connector(features)
+
+    def get_audio_features(
+        self,
+        input_features: Tensor | None = None,
+        feature_attention_mask: Tensor | None = None,
+        audio_tower_tokens: Tensor | None = None,
+        audio_tower_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Sounds [n, F, T] with mask [n, T], or their cached tower tokens [n, N, D] -> LLM tokens and mask [n, M]."""
+        if self.audio_connector is None or self.audio_tower is None:
+            raise UserError("this model has no audio tower", do="use a model that was tuned with sounds")
+        if audio_tower_tokens is not None:
+            features = _cached(audio_tower_tokens, audio_tower_mask, getattr(self.audio_tower, "grid", None))
+        else:
+            features = self.audio_tower(input_features=input_features, feature_attention_mask=feature_attention_mask)
+        return self.audio_connector(features)
+
+    def embed(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        input_features: Tensor | None = None,
+        feature_attention_mask: Tensor | None = None,
+        image_tower_tokens: Tensor | None = None,
+        audio_tower_tokens: Tensor | None = None,
+        audio_tower_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Token ids [B, L] and the media of the whole batch in order -> inputs_embeds [B, L, H].
+
+        Raises:
+            UserError: the number of placeholders is not the number of media tokens.
+        """
+        embeds = self.get_input_embeddings()(input_ids)
+        if pixel_values is not None or image_tower_tokens is not None:
+            tokens, mask = self.get_image_features(pixel_values, image_tower_tokens)
+            embeds = _place(embeds, input_ids == self.config.image_token_id, tokens, mask, "picture")
+        if input_features is not None or audio_tower_tokens is not None:
+            tokens, mask = self.get_audio_features(
+                input_features, feature_attention_mask, audio_tower_tokens, audio_tower_mask
+            )
+            embeds = _place(embeds, input_ids == self.config.audio_token_id, tokens, mask, "sound")
+        return embeds
+
+    # ---- forward ----------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        input_features: Tensor | None = None,
+        feature_attention_mask: Tensor | None = None,
+        image_tower_tokens: Tensor | None = None,
+        audio_tower_tokens: Tensor | None = None,
+        audio_tower_mask: Tensor | None = None,
+        branch_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items: int | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Runs the LLM on text with media in place.
+
+        Args:
+            attention_mask: [B, L], or an additive float mask [B, 1, L, K].
+            branch_ids: [B, L] of ``mmllm.data.conversations``; makes the mask under which branches share a prefix.
+            labels: [B, L], -100 where nothing is asked. Then ``loss`` is the mean over the labelled tokens, and
+                ``logits`` has one row for each of them only: [1, number of labelled tokens, vocabulary].
+            logits_to_keep: as in transformers; without labels.
+            num_items: number of labelled tokens, for the training loop; not used here.
+        """
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("give input_ids or inputs_embeds")
+            inputs_embeds = self.embed(
+                input_ids,
+                pixel_values,
+                input_features,
+                feature_attention_mask,
+                image_tower_tokens,
+                audio_tower_tokens,
+                audio_tower_mask,
+            )
+        if branch_ids is not None:
+            attention_mask = branch_mask(branch_ids, inputs_embeds.dtype)
+        run = dict(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache if labels is None else False,
+            **kwargs,
+        )
+        if labels is None:
+            return self.language_model(**run, logits_to_keep=logits_to_keep)
+        asked = labels[:, 1:] != -100
+        targets = labels[:, 1:][asked]
+        with self._logits_only_at(F.pad(asked, (0, 1))):
+            out = self.language_model(**run)
+        # No labelled token (all answers cut away): a zero that still has a gradient path, so no process waits.
+        loss = F.cross_entropy(out.logits[0].float(), targets) if len(targets) else inputs_embeds.float().sum() * 0
+        out.loss = loss + self._unused_connectors(image_tower_tokens, pixel_values, audio_tower_tokens, input_features)
+        return out
+
+    def _unused_connectors(self, *media: Tensor | None) -> Tensor | float:
+        """With several processes: zero, from the parameters of a connector whose modality this batch lacks.
+
+        Otherwise a process without a picture would give no gradient where the others wait for one.
+        """
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return 0.0
+        pictures, sounds = any(m is not None for m in media[:2]), any(m is not None for m in media[2:])
+        parts = [(self.vision_connector, pictures), (self.audio_connector, sounds)]
+        parts += [(self.vision_tower, pictures), (self.audio_tower, sounds)]
+        unused = [p for part, there in parts if part is not None and not there for p in part.parameters()]
+        return sum((p.float().sum() * 0 for p in unused if p.requires_grad), torch.zeros(()))
+
+    @contextmanager
+    def _logits_only_at(self, keep: Tensor) -> Iterator[None]:
+        """Within, the LLM's head sees only the positions of ``keep`` [B, L]; what follows the head still applies."""
+
+        def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (args[0][keep][None], *args[1:])
+
+        handle = self.get_output_embeddings().register_forward_pre_hook(select)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        media = {k: kwargs.pop(k) for k in MEDIA_KEYS if k in kwargs}
+        first = kwargs.get("is_first_iteration", False) or not kwargs.get("use_cache", True)
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        return {**inputs, **media} if first else inputs
+
+
+def _cached(tokens: Tensor, mask: Tensor | None, grid: tuple[int, int, int] | None) -> Features:
+    """Features from stored tower tokens [n, N, D]; towers give class tokens no place in the cache."""
+    if mask is None:
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    return Features(tokens, mask.bool(), tokens[:, 0], grid=grid)
+
+
+def _place(embeds: Tensor, where: Tensor, tokens: Tensor, mask: Tensor, what: str) -> Tensor:
+    """Puts the valid tokens [n, M, H] into embeds [B, L, H] where the placeholder mask [B, L] is True, in order."""
+    flat = tokens[mask].to(embeds.dtype)
+    if int(where.sum()) != len(flat):
+        raise UserError(
+            f"the text has {int(where.sum())} placeholders for {what} tokens, the {what}s give {len(flat)}",
+            do="make the inputs with the model's own processor",
+        )
+    return embeds.masked_scatter(where[..., None].expand_as(embeds), flat)

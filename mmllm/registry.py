@@ -1,0 +1,69 @@
+"""Names for the things a config can choose: objectives, samplers, tasks, methods; third parties join by entry point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any, TypeVar
+
+from mmllm.errors import UserError, unknown
+
+ENTRY_POINT_GROUP = "mmllm.plugins"
+_REGISTRY: dict[str, dict[str, Any]] = {}
+_plugins_loaded = False
+T = TypeVar("T")
+
+
+def register(kind: str, name: str) -> Callable[[T], T]:
+    """Class or function decorator: makes the object available as ``get(kind, name)``.
+
+    Raises:
+        ValueError: another object already holds the name.
+    """
+
+    def add(thing: T) -> T:
+        held = _REGISTRY.setdefault(kind, {}).get(name)
+        if held is not None and (held.__module__, held.__qualname__) != (thing.__module__, thing.__qualname__):  # type: ignore[attr-defined]
+            raise ValueError(f"{kind} '{name}' is already registered by {held.__module__}.{held.__qualname__}")
+        _REGISTRY[kind][name] = thing
+        return thing
+
+    return add
+
+
+def load_plugins() -> None:
+    """Imports every module that an installed package names in the entry point group ``mmllm.plugins``, once.
+
+    Raises:
+        UserError: a plugin cannot be imported.
+    """
+    global _plugins_loaded
+    if _plugins_loaded:
+        return
+    _plugins_loaded = True
+    for entry in metadata.entry_points(group=ENTRY_POINT_GROUP):
+        try:
+            entry.load()
+        except Exception as e:
+            what = f"plugin '{entry.name}' ({entry.value}) cannot be loaded: {e}"
+            raise UserError(what, do="mend it or uninstall its package") from e
+
+
+def get(kind: str, name: str, where: object | None = None) -> Any:
+    """The object registered under ``name``.
+
+    Raises:
+        UserError: no such name; the message gives the nearest valid one.
+    """
+    if name not in _REGISTRY.get(kind, {}):
+        load_plugins()
+    try:
+        return _REGISTRY[kind][name]
+    except KeyError:
+        raise unknown(kind, name, _REGISTRY.get(kind, {}), where) from None
+
+
+def names(kind: str) -> list[str]:
+    """All names of one kind, sorted, plugins included."""
+    load_plugins()
+    return sorted(_REGISTRY.get(kind, {}))

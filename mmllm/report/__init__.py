@@ -1,0 +1,1 @@
+"""Figures JSON and self-contained pages."""

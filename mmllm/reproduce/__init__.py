@@ -1,0 +1,1 @@
+"""The armed effect runner."""

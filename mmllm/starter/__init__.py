@@ -1,0 +1,1 @@
+"""The starter recipe, quickstart, doctor and terminal chat."""

@@ -1,0 +1,1 @@
+"""The trainer glue shared by every stage."""

@@ -1,0 +1,370 @@
+"""The align stage: reads its config, makes towers and sources, trains phase after phase, measures, writes final/."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from mmllm.align.config import (
+    FeatureConfig,
+    MeasureConfig,
+    PhaseConfig,
+    SourceConfig,
+    StreamConfig,
+    check_streams,
+)
+from mmllm.config import StrictModel, load_config
+from mmllm.errors import UserError, unknown
+from mmllm.train.section import TrainSection
+
+
+class AlignConfig(StrictModel):
+    """``mmllm align``'s config; ``dataset`` is ``starter:full``, ``starter:fast`` or a folder.
+
+    Attributes:
+        dtype: of matrix products in training (autocast); auto measures which is faster here.
+        words: the stream of the LLM's word embeddings, which ``region_align`` aims at and connectors lead to.
+    """
+
+    dataset: str = "."
+    embedding_dim: int = Field(default=256, ge=1)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    streams: dict[str, StreamConfig]
+    words: str | None = None
+    features: FeatureConfig = Field(default_factory=FeatureConfig)
+    train: TrainSection = Field(default_factory=TrainSection)
+    phases: dict[str, PhaseConfig]
+    measures: dict[str, MeasureConfig] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_are_names(cls, data: Any) -> Any:
+        """Phases and measures are mappings, so that an override can reach them; each also knows its name."""
+        if not isinstance(data, dict):
+            return data
+        out = dict(data)
+        for key in ("phases", "measures"):
+            if isinstance(out.get(key), dict):
+                out[key] = {k: {**v, "name": k} if isinstance(v, dict) else v for k, v in out[key].items()}
+        return out
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> AlignConfig:
+        for name, stream in self.streams.items():
+            if stream.tower_of is not None:
+                check_streams(self.streams, [stream.tower_of], f"streams.{name}.tower_of")
+        if self.words is not None:
+            check_streams(self.streams, [self.words], "words")
+        for phase in self.phases.values():
+            where = f"phase '{phase.name}'"
+            for source, spec in phase.sources.items():
+                check_streams(self.streams, spec.streams, f"{where}, source '{source}'")
+            for objective in phase.objectives:
+                for source in objective.sources or []:
+                    if source not in phase.sources:
+                        raise unknown("source", source, phase.sources, where)
+            check_streams(self.streams, [p.split(".")[0] for p in phase.trains], f"{where}, trains")
+        for measure in self.measures.values():
+            check_streams(self.streams, measure.streams, f"measure '{measure.name}'")
+        return self
+
+
+class AlignStage:
+    """Holds the model and everything made once for all phases."""
+
+    def __init__(self, config: AlignConfig, run: Any = None, offline: bool = False):
+        import torch
+        from transformers import set_seed
+
+        from mmllm.align.source import FrozenFeatures, feature_dtype
+        from mmllm.blocks.compute import fast_dtype
+        from mmllm.data.features import FeatureCache
+        from mmllm.data.models import resolve_dataset
+        from mmllm.train.launch import set_threads
+
+        set_threads(config.train.threads)
+        set_seed(config.train.seed)
+        self.config, self.run = config, run
+        self.folder = Path(resolve_dataset(config.dataset))
+        self.offline = offline
+        self.model = self._make_model()
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = feature_dtype(config.features.dtype, self.device)
+        self.frozen = FrozenFeatures(FeatureCache(), dtype, self.device, config.features.batch_size)
+        self.vocabularies: dict[str, dict[str, Any]] = {}
+        self.vocabulary_names: dict[str, list[str]] = {}
+        self.train_dtype = fast_dtype(self.device) if config.dtype == "auto" else getattr(torch, config.dtype)
+        names = [str(d).split(".")[1] for d in (dtype, self.train_dtype)]
+        self.notice(f"frozen towers run in {names[0]}, training in {names[1]}")
+
+    def notice(self, text: str) -> None:
+        """One plain line for the reader of the terminal, from the main process only."""
+        from mmllm.train.launch import is_main
+
+        if is_main():
+            print(text, flush=True)
+
+    # ---- model ----
+
+    def _make_model(self) -> Any:
+        from mmllm.align.model import AlignModel, ProjectionHead
+        from mmllm.connectors import build_connector
+        from mmllm.data.models import resolve_model
+        from mmllm.towers import load_tower
+
+        towers: dict[str, Any] = {}
+        for name, stream in self.config.streams.items():
+            if stream.tower is None:
+                continue
+            spec = {"model": stream.tower} if isinstance(stream.tower, str) else dict(stream.tower)
+            spec["model"] = resolve_model(str(spec.get("model", "")), offline=self.offline)
+            towers[name] = load_tower(spec, stream.modality)
+        tower_of = {n: s.tower_of or n for n, s in self.config.streams.items()}
+        dim = self.config.embedding_dim
+        heads, connectors = {}, {}
+        for name, stream in self.config.streams.items():
+            width = towers[tower_of[name]].hidden_size
+            if stream.head is not None:
+                heads[name] = ProjectionHead(width, dim, stream.head)
+            if stream.connector is not None:
+                out_dim = towers[self.config.words].hidden_size if self.config.words else dim
+                connectors[name] = build_connector({"in_dim": width, "out_dim": out_dim, **stream.connector})
+        model = AlignModel(towers, tower_of, heads, connectors, self._pairs(), dim)
+        model.image_size = {n: s.image_size for n, s in self.config.streams.items() if s.image_size}
+        for name, size in model.image_size.items():
+            if name in towers and hasattr(towers[name], "image_size"):
+                towers[name].image_size = size
+        return model.eval()
+
+    def _pairs(self) -> list[tuple[str, str]]:
+        found = []
+        for phase in self.config.phases.values():
+            for objective in phase.objectives:
+                pair = objective.options.get("pair")
+                if pair is not None and tuple(pair) not in found:
+                    check_streams(self.config.streams, list(pair), f"phase '{phase.name}', objective")
+                    found.append(tuple(pair))
+        return found
+
+    # ---- phases ----
+
+    def records(self, data: str | list[str]) -> list[dict[str, Any]]:
+        """The records of one or several files of the dataset."""
+        from mmllm.data.records import read_records
+
+        out = []
+        for name in [data] if isinstance(data, str) else data:
+            out += read_records(self.folder / name)
+        return out
+
+    def objectives(self, phase: PhaseConfig) -> tuple[list[Any], list[Any]]:
+        """The phase's objectives and their terms.
+
+        Raises:
+            UserError: unknown objective or option.
+        """
+        import mmllm.align.objectives
+        import mmllm.align.region_box  # noqa: F401  (both register the core objectives)
+        from mmllm.align.step import Term
+        from mmllm.registry import get
+
+        made, terms = [], []
+        for spec in phase.objectives:
+            cls = get("objective", spec.type, f"phase '{phase.name}'")
+            valid = list(inspect.signature(cls).parameters)
+            options = dict(spec.options)
+            for key in options:
+                if key not in valid:
+                    raise unknown("option", key, valid, f"objective '{spec.type}'")
+            if "dim" in valid and "dim" not in options:
+                if self.config.words is None:
+                    do = "name the stream of the LLM's word embeddings"
+                    raise UserError(f"objective '{spec.type}' needs 'words'", f"phase '{phase.name}'", do)
+                options["dim"] = self.model.tower(self.config.words).hidden_size
+            try:
+                made.append(cls(**options))
+            except TypeError as e:
+                raise UserError(str(e).split("() ")[-1], f"objective '{spec.type}'") from None
+            name = f"{spec.type}:{':'.join(options['pair'])}" if "pair" in options else spec.type
+            name = f"{name}:{options['stream']}" if "stream" in options else name
+            terms.append(Term(name, spec.weight, tuple(spec.sources or phase.sources)))
+        return made, terms
+
+    def vocabulary(self, source: str, records: list[dict[str, Any]], labels: list[str]) -> dict[str, Any]:
+        """Names of a source (of its boxes, else of its items) and their word embeddings."""
+        import torch
+
+        names = sorted({b["text"] for r in records for b in r.get("boxes") or []}) or sorted(set(labels))
+        assert self.config.words is not None
+        tower = self.model.tower(self.config.words)
+        with torch.inference_mode():
+            table = tower(**tower.encode(names)).pooled.float()
+        return {"index": {n: i for i, n in enumerate(names)}, "embedding": table.clone(), "source": source}
+
+    def groups(self, phase: PhaseConfig, step: Any) -> list[tuple[str, list[Any], float | None]]:
+        """What trains in a phase, as parameter groups.
+
+        Raises:
+            UserError: a part that does not exist, or nothing to train.
+        """
+        parts = self.model.parts()
+        made = {"embedding": "head", "token_embedding": "connector"}
+        feeds = [
+            (stream, kind) for streams in step.want.values() for stream, kinds in streams.items() for kind in kinds
+        ]
+        used_parts = {f"{s}.{made[k]}" for s, k in feeds} | {f"{self.model.tower_of[s]}.tower" for s, _ in feeds}
+        wanted: list[str] = []
+        for name in phase.trains:
+            found = [name] if name in parts else [p for p in parts if p.split(".")[0] == name and p in used_parts]
+            if not found or ("." in name and name not in parts):
+                raise unknown("part", name, parts, f"phase '{phase.name}', trains")
+            wanted += found
+        for name in phase.learning_rates:
+            if name not in parts:
+                raise unknown("part", name, parts, f"phase '{phase.name}', learning_rates")
+        base = float(phase.train.get("learning_rate", self.config.train.learning_rate))
+        groups: list[tuple[str, list[Any], float | None]] = [
+            (n, list(parts[n].parameters()), phase.learning_rates.get(n)) for n in dict.fromkeys(wanted)
+        ]
+        used = {o.pair_name for o in step.objectives if hasattr(o, "pair_name")}
+        scales = [self.model.logit_scale[p] for p in sorted(used)]
+        scales += [self.model.logit_bias[o.pair_name] for o in step.objectives if hasattr(o, "initial_bias")]
+        groups.append(("logit_scale", scales, None))
+        for i, o in enumerate(step.objectives):
+            groups.append((step.terms[i].name, list(o.parameters()), base * o.lr_multiplier))
+        self.model.active = set(wanted)
+        return [g for g in groups if g[1]]
+
+    def train_phase(self, number: int, phase: PhaseConfig) -> dict[str, Any]:
+        """Trains one phase; returns the trainer's summary."""
+        import torch
+
+        from mmllm.align.step import AlignStep, needed
+        from mmllm.train.params import set_trainable
+        from mmllm.train.trainer import MMTrainer
+
+        torch.manual_seed(self.config.train.seed + 1000 * number)
+        objectives, terms = self.objectives(phase)
+        want = needed(objectives, terms, {s: c.streams for s, c in phase.sources.items()})
+        for objective in objectives:  # fresh temperature and bias where the loss has its own start (SigLIP)
+            if hasattr(objective, "initial_bias"):
+                with torch.no_grad():
+                    self.model.logit_scale[objective.pair_name].fill_(objective.initial_scale)
+                    self.model.logit_bias[objective.pair_name].fill_(objective.initial_bias)
+        step = AlignStep(self.model, objectives, terms, want)
+        groups = self.groups(phase, step)
+        training = {s for s in self.config.streams if f"{self.model.tower_of[s]}.tower" in self.model.active}
+        size = int(phase.train.get("per_device_train_batch_size", self.config.train.per_device_train_batch_size))
+        needs_words = {s for o, t in zip(objectives, terms) if "vocabulary" in o.needs for s in t.sources}
+        sources = {}
+        for i, (name, spec) in enumerate(phase.sources.items()):
+            sources[name] = self._source(name, spec, want[name], training, number * 16 + i, size)
+            if name in needs_words:
+                held = self.vocabulary(name, sources[name].records, sources[name].labels)
+                step.vocabularies[name] = held
+                for stream, kinds in want[name].items():
+                    if "token_embedding" in kinds:
+                        self.vocabularies[stream] = held
+                        self.vocabulary_names[stream] = list(held["index"])
+
+        def batch_fn(n: int, rank: int, world: int) -> dict[str, Any]:
+            return {"sources": {k: s.batch(n, rank, world) for k, s in sources.items()}}
+
+        items = max(len(s.records) for s in sources.values())
+        trainer = MMTrainer(
+            step, batch_fn, set_trainable(step, groups), self.config.train, self.run, phase=phase.name, items=items,
+            **{"bf16": self.train_dtype == torch.bfloat16, **phase.train},
+        )  # fmt: skip
+        summary = trainer.fit()
+        step.to(self.device)
+        self.model.active = set()
+        self.model.requires_grad_(False).eval()
+        return summary
+
+    def _source(
+        self, name: str, spec: SourceConfig, want: dict[str, set[str]], training: set[str], number: int, size: int
+    ) -> Any:
+        from mmllm.align.source import AlignSource
+
+        records = self.records(spec.data)
+        self.notice(f"source '{name}': {len(records):,} records")
+        began = time.monotonic()
+        source = AlignSource(
+            name, spec, records, self.model, want, training, self.frozen, self.config.train.seed, number, size,
+            progress=Counter(name),
+        )  # fmt: skip
+        if (spent := time.monotonic() - began) > 1:
+            self.notice(f"source '{name}': ready after {spent:.0f} s")
+        return source
+
+
+class Counter:
+    """Tells every ten seconds how far a long preparation is."""
+
+    def __init__(self, name: str):
+        self.name, self.last = name, time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        if time.monotonic() - self.last > 10:
+            self.last = time.monotonic()
+            print(f"source '{self.name}': {done:,} of {total:,}", flush=True)
+
+
+def run_align(config_path: str, overrides: list[str] | tuple[str, ...], out: Path | None, resume: bool) -> Path:
+    """Runs the whole stage; returns the run folder.
+
+    Raises:
+        UserError: see the config, data and run folder.
+    """
+    return align(load_config(config_path, overrides, AlignConfig), out or default_out(config_path), resume)
+
+
+def default_out(config_path: str | Path) -> Path:
+    """runs/CONFIG-NAME in the current folder."""
+    return Path("runs") / Path(config_path).stem
+
+
+def align(config: AlignConfig, out: Path, resume: bool = False) -> Path:
+    """The stage on a ready config; see ``run_align``."""
+    from mmllm.align.folder import save_align
+    from mmllm.data.models import resolve_dataset
+    from mmllm.report.figures import print_figures, write_figures
+    from mmllm.train.align_measures import measure_all
+    from mmllm.train.launch import is_main
+    from mmllm.train.run import RunFolder
+
+    folder = Path(resolve_dataset(config.dataset))
+    about = dataset_info(folder)
+    run = RunFolder.open(out, "align", config, resume, seed=config.train.seed, sources=about.get("sources", []))
+    if run.finished:
+        print(f"{out}: already finished", flush=True)
+        return out
+    stage = AlignStage(config, run)
+    for number, phase in enumerate(config.phases.values()):
+        stage.train_phase(number, phase)
+    if not is_main():
+        return out
+    figures = measure_all(stage)
+    with run.final() as final:
+        info = {"vocabulary": stage.vocabulary_names, "dataset": config.dataset, "words": words_ref(config)}
+        save_align(stage.model, final, info)
+        command = run.info().get("command", "mmllm align")
+        write_figures(final / "results.json", command, config.train.seed, None, about.get("sources", []), figures)
+    print_figures(figures, "align")
+    return out
+
+
+def words_ref(config: AlignConfig) -> Any:
+    """What the config says about the LLM whose word embeddings were aimed at."""
+    return config.streams[config.words].tower if config.words else None
+
+
+def dataset_info(folder: Path) -> dict[str, Any]:
+    """``dataset.json`` of a built data set; empty for a plain folder."""
+    file = folder / "dataset.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

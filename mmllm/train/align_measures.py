@@ -1,0 +1,152 @@
+"""Measures an aligned model on held-out records: retrieval, zero-shot classes, words at the objects' cells."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmllm.align.config import MeasureConfig, SourceConfig
+from mmllm.align.objectives import centre_cell
+from mmllm.align.source import texts_of
+from mmllm.evaluate.retrieval import retrieval_figures, zero_shot_figure
+from mmllm.evaluate.stats import derangement, mean_interval
+from mmllm.report.figures import Figure
+
+if TYPE_CHECKING:
+    from mmllm.train.align import AlignStage
+
+
+def measure_all(stage: AlignStage) -> list[Figure]:
+    """All figures of the config's ``measures``; a data file that the data set lacks is named and left out."""
+    out: list[Figure] = []
+    for measure in stage.config.measures.values():
+        files = [measure.data] if isinstance(measure.data, str) else measure.data
+        present = [f for f in files if (stage.folder / f).is_file()]
+        for missing in sorted(set(files) - set(present)):
+            stage.notice(f"measure '{measure.name}': the data set has no {missing}")
+        records = stage.records(present) if present else []
+        if not records:
+            out.append(Figure(measure.name, None, note="no data: " + ", ".join(files)))
+            continue
+        out += {"retrieval": retrieval, "zero_shot": zero_shot, "regions": regions}[measure.kind](
+            stage, measure, records
+        )
+    return out
+
+
+@torch.no_grad()
+def plain_embeddings(
+    stage: AlignStage, measure: MeasureConfig, records: list[dict[str, Any]], kind: str
+) -> tuple[Tensor, Tensor | None, Any]:
+    """Unaugmented embeddings of the query stream: [N, P], or tokens [N, M, D] with their grid."""
+    stream = measure.streams[0]
+    tower = stage.model.tower(stream)
+    augment = augment_of(stage, stream) if tower.modality == "vision" else "none"
+    field = "tokens" if kind == "token_embedding" else "pooled"
+    size = measure.image_size or stage.model.image_size.get(stream)
+    found = stage.frozen(
+        tower, records, [field], image_size=size, augment=augment if augment == "cutout" else "none", name=measure.name
+    )
+    rows, mask = [], []
+    for i in range(0, len(records), 256):
+        inputs: dict[str, Any] = {k: v[0, i : i + 256] for k, v in found.items()}
+        if field == "tokens" and tower.modality == "vision":
+            side = round(inputs["tokens"].shape[1] ** 0.5)
+            inputs["grid"] = (1, side, side)
+        out = stage.model.stream(
+            stream, {k: v.to(stage.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}, [kind]
+        )
+        value = out.embedding if kind == "embedding" else out.token_embedding
+        assert value is not None
+        rows.append(value.cpu())
+        if out.token_mask is not None:
+            mask.append(out.token_mask.cpu())
+    return torch.cat(rows), torch.cat(mask) if mask else None, inputs.get("grid")
+
+
+def augment_of(stage: AlignStage, stream: str) -> str:
+    """How the training sources of a stream present its pictures (cut-outs need a canvas when measured, too)."""
+    found: list[SourceConfig] = [
+        s for p in stage.config.phases.values() for s in p.sources.values() if stream in s.streams
+    ]
+    return "cutout" if any(s.augment == "cutout" for s in found) else "none"
+
+
+@torch.no_grad()
+def text_embeddings(stage: AlignStage, stream: str, texts: list[list[str]]) -> Tensor:
+    """[N, P]: the mean tower feature of each item's texts through the head."""
+    tower = stage.model.tower(stream)
+    flat = [t for group in texts for t in group]
+    pooled = torch.cat([tower(**tower.encode(flat[i : i + 256])).pooled for i in range(0, len(flat), 256)])  # type: ignore[attr-defined]
+    means = [part.mean(0) for part in pooled.split([len(g) for g in texts])]
+    head = stage.model.heads[stream]
+    return F.normalize(head.cpu()(torch.stack(means)).float(), dim=-1)
+
+
+def retrieval(stage: AlignStage, measure: MeasureConfig, records: list[dict[str, Any]]) -> list[Figure]:
+    """Item -> name among the names of these records, and name -> item."""
+    names = {}
+    for r in records:
+        names.setdefault(str(r.get("label") or texts_of(r)[0]), texts_of(r))
+    gallery = list(names)
+    query, _, _ = plain_embeddings(stage, measure, records, "embedding")
+    text = text_embeddings(stage, measure.streams[1], [names[n] for n in gallery])
+    truth = [gallery.index(str(r.get("label") or texts_of(r)[0])) for r in records]
+    sim = query @ text.T
+    positive = torch.zeros(len(gallery), len(records), dtype=torch.bool)
+    positive[torch.tensor(truth), torch.arange(len(records))] = True
+    clusters = [str(r.get("group") or gallery[t]) for r, t in zip(records, truth)]
+    out = retrieval_figures(measure.name, sim, truth, clusters=clusters)
+    return out + retrieval_figures(f"{measure.name}_from_text", sim.T, positive)
+
+
+def zero_shot(stage: AlignStage, measure: MeasureConfig, records: list[dict[str, Any]]) -> list[Figure]:
+    """Class of ``meta.FIELD`` among all classes of these records, asked as "a kind of CLASS"."""
+    records = [r for r in records if (r.get("meta") or {}).get(measure.field)]
+    classes = sorted({str(r["meta"][measure.field]) for r in records})
+    if len(classes) < 2:
+        return [Figure(measure.name, None, note=f"fewer than two classes in meta.{measure.field}")]
+    query, _, _ = plain_embeddings(stage, measure, records, "embedding")
+    prompts = [[f"a kind of {c}"] for c in classes]
+    text = text_embeddings(stage, measure.streams[1], prompts)
+    truth = [classes.index(str(r["meta"][measure.field])) for r in records]
+    clusters = [str(r.get("group") or r.get("label")) for r in records]
+    return [zero_shot_figure(measure.name, query @ text.T, truth, clusters=clusters)]
+
+
+def regions(stage: AlignStage, measure: MeasureConfig, records: list[dict[str, Any]]) -> list[Figure]:
+    """Share of objects whose own word is the nearest one at the cell of their centre (at any token, without boxes)."""
+    stream = measure.streams[0]
+    held = stage.vocabularies.get(stream)
+    if held is None:
+        return [Figure(measure.name, None, note="no region_align objective was trained for this stream")]
+    words, index = held["embedding"], held["index"]
+    tokens, mask, grid = plain_embeddings(stage, measure, records, "token_embedding")
+    centre = words.mean(0)
+    best = F.normalize(tokens - centre, dim=-1) @ F.normalize(words - centre, dim=-1).T  # [N, M, V]
+    swapped = best[derangement(len(best), stage.config.train.seed)]
+    hits, control, clusters = [], [], []
+    for i, record in enumerate(records):
+        boxes = record.get("boxes")
+        if boxes is None:
+            name = str(record.get("label"))
+            cells = [(slice(None), name)]
+        else:
+            places = [(centre_cell(b["xyxy"], grid[1:]), b["text"]) for b in boxes]
+            cells = [(slice(r * grid[2] + c, r * grid[2] + c + 1), t) for (r, c), t in places]
+        for cell, name in cells:
+            if name not in index:
+                continue
+            for source, target in ((best, hits), (swapped, control)):
+                target.append(float(source[i, cell].mean(0).argmax() == index[name]))
+            clusters.append(str(record["id"]))
+    if not hits:
+        return [Figure(measure.name, None, note="no object of the vocabulary in these records")]
+    value, low, high = mean_interval(hits, clusters)
+    c, c_low, c_high = mean_interval(control, clusters)
+    figure = Figure(measure.name, value, "higher", low, high, len(hits), "fraction", c, c_low, c_high, 1 / len(index))
+    figure.note = f"{len(index)} words"
+    return [figure]

@@ -1,0 +1,125 @@
+"""The media of a tuning run: tower tokens from the feature cache where the tower is frozen, inputs where it trains."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmllm.align.source import FrozenFeatures, feature_dtype
+from mmllm.data.chat_batches import record_media
+from mmllm.data.features import FeatureCache
+from mmllm.errors import UserError
+from mmllm.train.launch import is_main
+
+FIELDS = {"image": "vision", "audio": "audio"}
+
+
+class ChatMedia:
+    """Makes model inputs from the media of a batch.
+
+    Frozen towers run once over all media, before training; batches then read memory-mapped tokens.
+    """
+
+    def __init__(self, model: Any, processor: Any, records: Sequence[dict[str, Any]], config: Any):
+        self.processor, self.copies, self.seed = processor, config.copies, config.train.seed
+        self.tokens: dict[str, Tensor] = {}  # kind -> [1 + copies, n, N, D]
+        self.masks: dict[str, Tensor] = {}
+        self.index: dict[str, dict[str, int]] = {}
+        self._lengths: dict[str, int] = {}
+        wanted: dict[str, set[str]] = {"image": set(), "audio": set()}
+        for record in records:
+            for kind, source in record_media(record):
+                if not isinstance(source, str):
+                    raise UserError(f"a part of type '{kind}' must name a file", record.get("id"))
+                wanted[kind].add(source)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        frozen = FrozenFeatures(FeatureCache(), feature_dtype("auto", device), device)
+        for kind, sources in wanted.items():
+            modality = FIELDS[kind]
+            tower = getattr(model, f"{modality}_tower")
+            if sources and tower is None:
+                what = {"image": "pictures", "audio": "sounds"}[kind]
+                raise UserError(
+                    f"the data has {what}, the model has no {modality} tower",
+                    do=f"give {modality}.tower, or leave these records out",
+                )
+            if sources and getattr(config.train, modality) == "none":
+                self._run_tower(kind, tower, sorted(sources, key=os.path.normpath), frozen)
+        self.audio_connector, self.audio_tower = model.audio_connector, model.audio_tower
+
+    def _run_tower(self, kind: str, tower: Any, sources: list[str], frozen: FrozenFeatures) -> None:
+        files = [os.path.normpath(s) for s in sources]  # one file under two spellings is one item
+        unique = list(dict.fromkeys(files))
+        began = time.monotonic()
+        # The align run's scenes carry this name: the same files and tower are computed once for all stages.
+        name = "scenes-image" if kind == "image" else "chat-audio"
+        copies = self.copies if kind == "image" else 0
+        items = [{"id": f, kind: f} for f in unique]
+        found = frozen(
+            tower, items, ["tokens"], augment="scene" if copies else "none", copies=copies, seed=self.seed, name=name,
+            progress=_Progress(kind),
+        )  # fmt: skip
+        at = {f: i for i, f in enumerate(unique)}
+        self.index[kind] = {s: at[f] for s, f in zip(sources, files)}
+        self.tokens[kind] = found["tokens"]
+        if "mask" in found:
+            self.masks[kind] = found["mask"]
+        if is_main() and time.monotonic() - began > 1:
+            print(f"{kind}: features of {len(unique):,} files ready after {time.monotonic() - began:.0f} s", flush=True)
+
+    def audio_tokens(self, source: Any) -> int:
+        """LLM tokens of a sound; counted once."""
+        if source not in self._lengths:
+            if "audio" in self.index:
+                row = self.index["audio"][source]
+                valid = (
+                    int(self.masks["audio"][0, row].sum()) if "audio" in self.masks else self.tokens["audio"].shape[2]
+                )
+                self._lengths[source] = self.audio_connector.num_tokens(valid)
+            else:
+                self._lengths[source] = self.processor.media_inputs([], [self.processor.load_audio(source)])[1][0]
+        return self._lengths[source]
+
+    def inputs(self, media: list[tuple[str, Any]]) -> dict[str, Tensor]:
+        """The media of a batch, in order, as keyword arguments of the model."""
+        out: dict[str, Tensor] = {}
+        for kind in ("image", "audio"):
+            sources = [s for k, s in media if k == kind]
+            if not sources:
+                continue
+            if kind not in self.index:
+                load = self.processor.load_image if kind == "image" else self.processor.load_audio
+                loaded = [load(s) for s in sources]
+                out |= self.processor.media_inputs(*((loaded, []) if kind == "image" else ([], loaded)))[0]
+                continue
+            rows = torch.tensor([self.index[kind][s] for s in sources])
+            out[f"{kind}_tower_tokens"] = self._pick(kind, rows)
+            if kind in self.masks:
+                out["audio_tower_mask"] = self.masks[kind][0][rows]
+        return out
+
+    def _pick(self, kind: str, rows: Tensor) -> Tensor:
+        """Tokens [n, N, D]; with copies, one of them for each item, drawn from the items and nothing else random."""
+        held = self.tokens[kind]
+        if held.shape[0] == 1:
+            return held[0][rows]
+        rng = np.random.default_rng((self.seed, 2, *rows.tolist()))
+        return held[torch.from_numpy(rng.integers(held.shape[0], size=len(rows))), rows]
+
+
+class _Progress:
+    """Tells every ten seconds how far a long preparation is."""
+
+    def __init__(self, kind: str):
+        self.kind, self.last = kind, time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        if is_main() and time.monotonic() - self.last > 10:
+            self.last = time.monotonic()
+            print(f"{self.kind}: features of {done:,} of {total:,} files", flush=True)

@@ -1,0 +1,204 @@
+"""The pretrain and tune stages: conversations through towers, connectors and the LLM; only what trains differs."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from mmllm.config import StrictModel, load_config
+from mmllm.errors import UserError
+from mmllm.train.section import TrainSection
+
+
+class LoraSection(StrictModel):
+    """Low-rank adapters on the LLM, by peft; ``targets`` are names of its linear layers."""
+
+    r: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+class ModalitySection(StrictModel):
+    """A tower and its connector.
+
+    Attributes:
+        tower: folder, hub id, ``starter:NAME``, ``tiny:...`` or a dict (see ``load_tower``); None: from ``init``.
+        connector: its config; with ``init``, only the keys to change (``{positions: true}``).
+    """
+
+    tower: str | dict[str, Any] | None = None
+    connector: dict[str, Any] = Field(default_factory=dict)
+
+
+class TuneTrain(TrainSection):
+    """Which parts train, beside the usual names; ``learning_rates`` per part: connector, llm, vision, audio."""
+
+    connector: Literal["full", "none"] = "full"
+    llm: Literal["none", "lora", "full"] = "none"
+    vision: Literal["none", "full"] = "none"
+    audio: Literal["none", "full"] = "none"
+    learning_rates: dict[Literal["connector", "llm", "vision", "audio"], float] = Field(default_factory=dict)
+
+
+class TuneConfig(StrictModel):
+    """Config of ``mmllm pretrain`` and ``mmllm tune``.
+
+    Attributes:
+        init: run that this one starts from: of align (gives towers and connectors), pretrain or tune (the model); or a
+            model folder. None: from ``llm``, ``vision.tower`` and ``audio.tower``.
+        llm: folder, hub id or ``starter:NAME``; None takes the one that the align run aimed at.
+        dataset: ``starter:full``, ``starter:fast`` or a folder; ``data`` are records files in it.
+        branches_per_row: most questions of one picture that share a row; each epoch draws others.
+        max_length: longest row in tokens.
+        dtype: of the LLM; auto takes bfloat16 where this machine is faster with it (measured), else float32.
+        copies: colour-changed copies of each picture's features beside the plain one (frozen vision tower).
+    """
+
+    init: str | None = None
+    llm: str | None = None
+    vision: ModalitySection = Field(default_factory=ModalitySection)
+    audio: ModalitySection = Field(default_factory=ModalitySection)
+    dataset: str = "."
+    data: str | list[str]
+    branches_per_row: int | None = Field(default=6, ge=1)
+    max_length: int = Field(default=512, ge=16)
+    limit: int | None = Field(default=None, ge=1)
+    copies: int = Field(default=0, ge=0)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    lora: LoraSection = Field(default_factory=LoraSection)
+    train: TuneTrain = Field(default_factory=TuneTrain)
+
+
+def run_stage(stage: str, config_path: str, overrides: Any, out: Path | None, resume: bool) -> Path:
+    """``mmllm pretrain`` or ``mmllm tune``; returns the run folder.
+
+    Raises:
+        UserError: see the config, the data, ``init`` and the run folder.
+    """
+    config = load_config(config_path, overrides, TuneConfig)
+    return tune(stage, config, out or Path("runs") / Path(config_path).stem, resume)
+
+
+def tune(stage: str, config: TuneConfig, out: Path, resume: bool = False) -> Path:
+    """The stage on a ready config; see ``run_stage``."""
+    from transformers import set_seed
+    from transformers.utils import logging as hf_logging
+
+    from mmllm.data.chat_batches import ChatBatches
+    from mmllm.data.models import resolve_dataset
+    from mmllm.data.records import read_records
+    from mmllm.train.chat_media import ChatMedia
+    from mmllm.train.launch import is_main, set_threads
+    from mmllm.train.run import RunFolder
+    from mmllm.train.trainer import MMTrainer
+    from mmllm.train.tune_model import adapt, make_model, save_final
+
+    folder = Path(resolve_dataset(config.dataset))
+    files = [config.data] if isinstance(config.data, str) else config.data
+    records = [r for name in files for r in read_records(folder / name)][: config.limit]
+    if not records:
+        raise UserError("no records", folder / files[0])
+    about = folder / "dataset.json"
+    sources = json.loads(about.read_text(encoding="utf-8")).get("sources", []) if about.is_file() else []
+    run = RunFolder.open(out, stage, config, resume, seed=config.train.seed, sources=sources)
+    if run.finished:
+        print(f"{out}: already finished", flush=True)
+        return out
+    hf_logging.disable_progress_bar()  # its bars break the plain lines of a log
+    set_threads(config.train.threads)
+    set_seed(config.train.seed)
+    dtype = choose_dtype(config, run)
+    model, processor = make_model(config, dtype)
+    groups = adapt(model, config)
+    if is_main():
+        print(f"{len(records):,} conversations; LLM computes in {str(dtype).split('.')[-1]}", flush=True)
+    media = ChatMedia(model, processor, records, config)
+    batches = ChatBatches(
+        records,
+        processor,
+        media.inputs,
+        media.audio_tokens,
+        config.train.per_device_train_batch_size,
+        config.train.seed,
+        config.branches_per_row,
+        config.max_length,
+    )
+    count = TokenCount()
+    trainer = MMTrainer(
+        model, batches, groups, config.train, run, items=len(records), hooks=[count.hook()], unpack_batch=True
+    )
+    trainer.fit()
+    if is_main():
+        speed = count.report()
+        with run.final() as final:
+            save_final(model, processor, final)
+        run.update(**speed)
+        print(f"{stage}: model in {out / 'final'}", flush=True)
+        if speed:
+            rates = [f"{speed[k]:,.0f}" for k in ("tokens", "tokens_per_second", "tokens_per_cpu_second")]
+            print(f"{rates[0]} LLM tokens, {rates[1]} a second, {rates[2]} a CPU-second", flush=True)
+    return out
+
+
+def choose_dtype(config: TuneConfig, run: Any) -> Any:
+    """The LLM's dtype. A resumed run keeps the one it began with, and all processes take that of process 0."""
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    from mmllm.blocks.compute import fast_dtype
+    from mmllm.train.launch import is_main
+
+    name = None
+    if is_main():
+        name = config.dtype if config.dtype != "auto" else run.info().get("llm_dtype")
+        name = name or str(fast_dtype()).split(".")[-1]
+        run.update(llm_dtype=name)
+    if PartialState().num_processes > 1:
+        held = [name]
+        broadcast_object_list(held)
+        name = held[0]
+    return getattr(torch, str(name))
+
+
+class TokenCount:
+    """Counts the real tokens (no padding) that go through the LLM, and the time they take after the first step."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.waiting = 0
+        self.start: tuple[float, float] | None = None
+
+    def hook(self) -> Any:
+        """The StepHook that counts."""
+        from mmllm.contracts import StepHook
+
+        count = self
+
+        class Count(StepHook):
+            def before_forward(self, model: Any, batch: Any, step: int) -> None:
+                count.waiting = int(batch["attention_mask"].sum())
+
+            def after_backward(self, model: Any, step: int) -> None:
+                if count.start is None:  # the first step also pays for warming up
+                    count.start = (time.monotonic(), time.process_time())
+                else:
+                    count.tokens += count.waiting
+
+        return Count()
+
+    def report(self) -> dict[str, float]:
+        """``tokens``, ``tokens_per_second`` and ``tokens_per_cpu_second`` (forward, backward and optimizer)."""
+        if self.start is None or not self.tokens:
+            return {}
+        wall, cpu = time.monotonic() - self.start[0], time.process_time() - self.start[1]
+        return {
+            "tokens": self.tokens,
+            "tokens_per_second": round(self.tokens / max(wall, 1e-9), 1),
+            "tokens_per_cpu_second": round(self.tokens / max(cpu, 1e-9), 1),
+        }

@@ -1,0 +1,173 @@
+"""What pretrain and tune train: the model made from `init`, its adapters and parameter groups, and its final folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmllm.align.folder import FILE as ALIGN_FILE
+from mmllm.align.folder import final_align, load_connector
+from mmllm.connectors import build_connector
+from mmllm.contracts import Connector, Tower
+from mmllm.data.models import resolve_model
+from mmllm.errors import UserError
+from mmllm.model import MMLLMForConditionalGeneration, MMLLMProcessor, build_model, load_model
+from mmllm.model.fast_lora import fuse_lora
+from mmllm.towers import load_tower
+from mmllm.train.params import ParamGroup, set_trainable
+from mmllm.train.run import final_folder, read_info
+from mmllm.train.tune import ModalitySection, TuneConfig
+
+MODALITIES = ("vision", "audio")
+
+
+def make_model(config: TuneConfig, dtype: torch.dtype) -> tuple[MMLLMForConditionalGeneration, MMLLMProcessor]:
+    """The model that a stage starts from.
+
+    Raises:
+        UserError: ``init`` is no finished run of align, pretrain or tune and no model; nothing to build from.
+    """
+    init = Path(config.init) if config.init else None
+    if init is not None and not init.exists():
+        raise UserError("no such folder", config.init, "give init: the run folder of align or pretrain")
+    is_run = init is not None and (init / "run.json").is_file()
+    aligned = init is not None and (
+        (init / ALIGN_FILE).is_file() or (is_run and read_info(init).get("stage") == "align")
+    )
+    if init is not None and not aligned:
+        if config.llm or config.vision.tower or config.audio.tower:
+            raise UserError("init brings LLM and towers already", config.init, "leave out llm and tower, or init")
+        model, processor = load_model(init, dtype)
+        for name in MODALITIES:
+            section: ModalitySection = getattr(config, name)
+            if section.connector:
+                raise UserError("a trained connector can't be changed", f"{name}.connector", "start from the align run")
+        return model, processor
+    if aligned and is_run:
+        final_folder(init, ["align"])  # type: ignore[arg-type]  (says so when it has not finished)
+    towers: dict[str, Tower | None] = {}
+    connectors: dict[str, Connector | dict[str, Any] | None] = {}
+    for name in MODALITIES:
+        towers[name], connectors[name] = _parts(name, getattr(config, name), str(init) if aligned else None)
+    if not any(towers.values()):
+        raise UserError("no tower", "config", "give init, or vision.tower or audio.tower")
+    return build_model(resolve_model(_llm(config, init)), towers["vision"], towers["audio"], connectors, dtype)
+
+
+def _llm(config: TuneConfig, init: Path | None) -> str:
+    """The LLM of the config, or the one whose words the align run aimed at."""
+    if config.llm:
+        return config.llm
+    words = None
+    if init is not None:
+        words = json.loads((final_align(init) / ALIGN_FILE).read_text(encoding="utf-8")).get("words")
+    if isinstance(words, dict):
+        words = words.get("model")
+    if not words:
+        raise UserError("no LLM", "config", "give llm: a folder, a hub id or starter:smollm2-135m-instruct")
+    return words
+
+
+def _parts(name: str, section: ModalitySection, align_run: str | None) -> tuple[Tower | None, Any]:
+    """Tower and connector of one modality, from the config or else from an align run."""
+    if section.tower is not None:
+        spec = {"model": section.tower} if isinstance(section.tower, str) else dict(section.tower)
+        spec["model"] = resolve_model(str(spec.get("model", "")))
+        return load_tower(spec, name), section.connector or None
+    if align_run is None:
+        return None, None
+    try:
+        connector, about = load_connector(align_run, name)
+    except UserError:  # the run aligned no connector for this modality: the model goes without it
+        return None, None
+    spec = {"model": about["tower"]}
+    if about.get("image_size") and name == "vision":
+        spec["image_size"] = about["image_size"]
+    tower = load_tower(spec, name) if _takes_size(about["tower"]) else load_tower(about["tower"], name)
+    grid = getattr(tower, "grid", None)
+    changes = dict(section.connector)
+    if changes.get("positions") and "grid" not in changes and grid is not None:
+        changes["grid"] = list(grid[1:])
+    return tower, with_changes(connector, changes)
+
+
+def _takes_size(folder: str) -> bool:
+    """Our own towers can be told a picture size; those of transformers bring theirs."""
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    return "modality" in config and "image_size" in config
+
+
+def with_changes(connector: Connector, changes: dict[str, Any]) -> Connector:
+    """The connector with other settings and all its weights; parameters that are new start fresh.
+
+    Raises:
+        UserError: the changed connector has no place for a trained weight.
+    """
+    if not changes:
+        return connector
+    new = build_connector({**connector.to_config(), **changes})
+    old, here = connector.state_dict(), new.state_dict()
+    for key, value in old.items():
+        if key not in here or here[key].shape != value.shape:
+            raise UserError(f"the aligned weight '{key}' does not fit", "connector", "keep the align run's settings")
+    new.load_state_dict(old, strict=False)
+    return new
+
+
+def adapt(model: MMLLMForConditionalGeneration, config: TuneConfig) -> list[ParamGroup]:
+    """Puts LoRA on the LLM where wanted and freezes all that does not train; returns what does, in groups.
+
+    Raises:
+        UserError: nothing trains, or LoRA's targets are not in this LLM.
+    """
+    train, groups = config.train, []
+    rate = train.learning_rates.get
+
+    def part(name: str) -> list[torch.nn.Parameter]:
+        module = getattr(model, name)
+        return list(module.parameters()) if module is not None else []
+
+    if train.connector == "full":
+        params = part("vision_connector") + part("audio_connector")
+        groups.append(ParamGroup("connector", params, rate("connector")))
+    if train.llm == "lora":
+        groups.append(ParamGroup("llm.lora", add_lora(model, config), rate("llm")))
+    elif train.llm == "full":
+        groups.append(ParamGroup("llm", list(model.language_model.parameters()), rate("llm")))
+    for name in MODALITIES:
+        if getattr(train, name) == "full":
+            groups.append(ParamGroup(f"{name}_tower", part(f"{name}_tower"), rate(name)))  # type: ignore[arg-type]
+    if not any(g.params for g in groups):
+        raise UserError("nothing trains", "train", "set connector: full or llm: lora")
+    return set_trainable(model, groups)
+
+
+def add_lora(model: MMLLMForConditionalGeneration, config: TuneConfig) -> list[torch.nn.Parameter]:
+    """Wraps the LLM with peft's LoRA; returns the adapters' parameters (float32)."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = config.lora
+    settings = LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.targets, task_type="CAUSAL_LM"
+    )
+    try:
+        model.language_model = get_peft_model(model.language_model, settings)
+    except ValueError as e:
+        raise UserError(
+            f"LoRA: {str(e).splitlines()[0][:200]}", "lora.targets", "name linear layers of this LLM"
+        ) from None
+    fuse_lora(model.language_model)
+    return [p for n, p in model.language_model.named_parameters() if "lora_" in n]
+
+
+def save_final(model: MMLLMForConditionalGeneration, processor: MMLLMProcessor, folder: Path) -> None:
+    """Writes a complete model folder; with LoRA also the adapter alone in ``adapter/``, and merged in the weights."""
+    llm = model.language_model
+    if hasattr(llm, "merge_and_unload"):
+        llm.save_pretrained(folder / "adapter", save_embedding_layers=False)  # embeddings do not train
+        model.language_model = llm.merge_and_unload()
+    model.cpu().eval().save_pretrained(folder)
+    processor.save_pretrained(folder)

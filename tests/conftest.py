@@ -1,0 +1,57 @@
+"""Shared fixtures, and the rule that no test is skipped silently."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+REQUIRE_ALL = bool(os.environ.get("CI") or os.environ.get("MMLLM_REQUIRE_ALL"))
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Where everything must run (CI, `make test`), a test that cannot run for want of a part has failed."""
+    outcome = yield
+    report = outcome.get_result()
+    if report.skipped and REQUIRE_ALL and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        report.outcome = "failed"
+        report.longrepr = f"could not run, and everything must run here: {reason}"
+
+
+def pytest_terminal_summary(terminalreporter):
+    skipped = terminalreporter.stats.get("skipped", [])
+    if skipped:
+        terminalreporter.write_sep("=", "TESTS THAT DID NOT RUN", red=True, bold=True)
+        for report in skipped:
+            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+            terminalreporter.write_line(f"{report.nodeid}: {reason}", red=True)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    """Folder of the real SmolLM2-135M-Instruct, made once from its wheel and cached outside the clone."""
+    from mmllm.data.models import resolve_model
+
+    return resolve_model("starter:smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session")
+def minilm() -> str:
+    """Folder of the real all-MiniLM-L6-v2 sentence encoder."""
+    from mmllm.data.models import resolve_model
+
+    return resolve_model("starter:all-minilm-l6-v2")
+
+
+@pytest.fixture(scope="session")
+def efficientnet() -> str:
+    """Folder of the ImageNet EfficientNet-lite0."""
+    from mmllm.data.models import resolve_model
+
+    return resolve_model("starter:efficientnet-lite0")

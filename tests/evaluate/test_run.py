@@ -1,0 +1,225 @@
+"""The whole of `mmllm eval` on a small dataset: a decoder that sees, one that is blind, one that leans to no."""
+
+import json
+import zlib
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from mmllm.data.questions import caption, format_box, with_article
+from mmllm.decode.requests import Result
+from mmllm.errors import UserError
+from mmllm.evaluate.gallery import gallery_items
+from mmllm.evaluate.run import media_portions, run_eval
+from mmllm.report.figures import read_figures
+
+NAMES = ["cat", "dog", "owl", "bell", "lamp", "kite", "boat", "tree"]
+LLM_TASKS = ["pope", "caption", "side", "box", "interleaved", "hear"]
+
+
+def scene(folder, index, prefix):
+    rng = np.random.default_rng((zlib.crc32(prefix.encode()), index))
+    boxes = []
+    for place, name in enumerate(rng.choice(NAMES, 3, replace=False)):
+        x, y = 0.02 + 0.33 * place, float(rng.uniform(0, 0.7))
+        boxes.append({"xyxy": [x, y, x + 0.28, y + 0.25], "text": str(name)})
+    file = f"{prefix}{index}.png"
+    Image.new("RGB", (16, 16), tuple(int(c) for c in rng.integers(0, 255, 3))).save(folder / "scenes" / file)
+    return {"id": f"{prefix}{index}", "image": f"../scenes/{file}", "boxes": boxes}
+
+
+def lines(path, rows):
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    for folder in ("scenes", "eval", "align"):
+        (root / folder).mkdir()
+    (root / "dataset.json").write_text(json.dumps({"sources": [{"name": "x"}], "missing": []}))
+    for split in ("seen", "new_vendor"):
+        lines(root / f"eval/scenes_{split}.jsonl", [scene(root, i, split) for i in range(40)])
+    lines(root / "align/regions_val.jsonl", [scene(root, i, "val") for i in range(20)])
+    sounds = []
+    for i in range(16):
+        (root / "scenes" / f"{i}.wav").write_bytes(b"")
+        options = [NAMES[(i + k) % 8] for k in (0, 2, 3, 5)]
+        sounds.append({"id": f"h{i}", "audio": f"../scenes/{i}.wav", "question": "Do you hear ...?", "options": options,
+                       "answer": NAMES[i % 8]})  # fmt: skip
+    lines(root / "eval/hear.jsonl", sounds)
+    mixed = []
+    seen = [scene(root, i, "seen") for i in range(40)]
+    for i in range(20):
+        three = seen[i : i + 3]
+        names = {b["text"] for b in three[1]["boxes"]}
+        thing = sorted(names)[0] if i % 2 else sorted(set(NAMES) - names)[0]
+        answer = "yes" if i % 2 else "no"
+        branch = [{"role": r, "content": [{"type": "text", "text": t}]}
+                  for r, t in (("user", f"{thing} in picture 2?"), ("assistant", answer))]  # fmt: skip
+        parts = [{"type": "image", "path": s["image"]} for s in three]
+        mixed.append({"id": f"m{i}", "messages": [{"role": "user", "content": parts}], "branches": [branch]})
+    lines(root / "eval/interleaved_seen.jsonl", mixed)
+    return root
+
+
+class Seeing:
+    """Answers from the contents of the files it is shown, as a perfect model would; ``lean`` is added to no."""
+
+    def __init__(self, root, lean=0.0):
+        self.lean, self.contents = lean, {}
+        for name in ("eval/scenes_seen", "eval/scenes_new_vendor", "align/regions_val"):
+            for row in map(json.loads, (root / f"{name}.jsonl").read_text().splitlines()):
+                self.contents[row["image"].split("/")[-1]] = row["boxes"]
+
+    def look(self, request):
+        parts = request.messages[0]["content"]
+        media = [str(p["path"]).split("/")[-1] for p in parts if p["type"] != "text"]
+        return [self.contents.get(m, m) for m in media], parts[-1]["text"]
+
+    def evidence(self, request, candidate):
+        shown, question = self.look(request)
+        if question.startswith("Do you hear"):
+            return float(candidate == with_article(NAMES[int(shown[0].split(".")[0]) % 8]))
+        boxes = shown[1] if "picture 2" in question else shown[0]
+        if candidate in ("left", "right"):
+            box = next((b for b in boxes if f" {b['text']} " in question), None)
+            return 0.0 if box is None else float((box["xyxy"][0] + box["xyxy"][2] < 1) == (candidate == "left"))
+        there = any(b["text"] in question for b in boxes)
+        return 3.0 * (there == (candidate == "yes")) + self.lean * (candidate == "no")
+
+    def score(self, requests, candidates):
+        return [[self.evidence(r, c) for c in cs] for r, cs in zip(requests, candidates, strict=True)]
+
+    def generate(self, requests):
+        out = []
+        for request in requests:
+            (boxes, *_), question = self.look(request)
+            thing = next((b for b in boxes if f" {b['text']}?" in question), None)
+            place = format_box(thing["xyxy"]) if thing else "nowhere"
+            out.append(Result(place if question.startswith("Where") else caption(boxes).answer))
+        return out
+
+
+class Blind(Seeing):
+    """Answers by the words of the question alone."""
+
+    def evidence(self, request, candidate):
+        return zlib.crc32((request.messages[0]["content"][-1]["text"] + candidate).encode()) / 2**32
+
+    def generate(self, requests):
+        return [Result("a cat, a dog.") for _ in requests]
+
+
+def figures_of(dataset, out, decoder, **kwargs):
+    tasks = kwargs.pop("tasks", LLM_TASKS)
+    return {f.name: f for f in run_eval("model", dataset, tasks, out=out, decoder=decoder, **kwargs)}
+
+
+def test_a_seeing_model_is_perfect_and_its_control_is_not(dataset, tmp_path):
+    got = figures_of(dataset, tmp_path, Seeing(dataset))
+    perfect = ["pope_accuracy_seen", "pope_accuracy_new_vendor", "pope_accuracy_seen_popular", "pope_f1_seen",
+               "pope_accuracy_seen_adversarial", "pope_auc_seen", "pope_auc_new_vendor", "caption_recall_seen",
+               "caption_recall_new_vendor", "side_accuracy_seen", "box_accuracy_iou50", "interleaved_accuracy",
+               "hear_accuracy", "pope_accuracy_seen_calibrated"]  # fmt: skip
+    for name in perfect:
+        f = got[name]
+        assert (f.value, f.low, f.high) == (1, 1, 1), name
+        assert f.chance is not None and f.n, name
+        assert f.control is not None and f.control < 0.85, (name, f.control)
+    assert (
+        got["chair_i_seen"].value == 0 and got["chair_i_seen"].control > 0.3 and got["chair_s_seen"].better == "lower"
+    )
+    assert got["pope_accuracy_seen"].n == 240 and got["pope_yes_ratio_seen"].value == 0.5
+    assert got["hear_accuracy"].chance == 0.25 and got["pope_accuracy_seen_over_shuffled"].low > 0.2
+    assert {f.name for f in read_figures(tmp_path / "results.json")} == set(got)
+
+
+def test_a_blind_model_does_not_beat_its_control(dataset, tmp_path):
+    got = figures_of(dataset, tmp_path, Blind(dataset))
+    for name in ("pope_accuracy_seen", "side_accuracy_seen", "caption_recall_new_vendor"):
+        assert got[f"{name}_over_shuffled"].value == 0
+    assert got["pope_auc_seen"].low < 0.5 < got["pope_auc_seen"].high
+    assert got["pope_accuracy_seen"].control == pytest.approx(got["pope_accuracy_seen"].value)
+    assert got["box_accuracy_iou50"].value == 0
+
+
+def test_a_leaning_model_is_mended_by_a_threshold_from_other_scenes_only(dataset, tmp_path):
+    got = figures_of(dataset, tmp_path, Seeing(dataset, lean=10), tasks=["pope"])
+    assert got["pope_accuracy_seen"].value == 0.5 and got["pope_yes_ratio_seen"].value == 0
+    assert got["pope_f1_seen"].value == 0 and got["pope_auc_seen"].value == 1
+    assert got["pope_accuracy_seen_calibrated"].value == got["pope_accuracy_new_vendor_calibrated"].value == 1
+    rows = [json.loads(x) for x in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    judged = {m for r in rows if r["split"] != "validation" for m in r["media"]}
+    assert not judged & {m for r in rows if r["split"] == "validation" for m in r["media"]}
+
+
+def test_validation_scenes_among_the_judged_ones_are_refused(dataset, tmp_path):
+    import shutil
+
+    bad = tmp_path / "bad"
+    shutil.copytree(dataset, bad)
+    shutil.copy(bad / "eval/scenes_seen.jsonl", bad / "align/regions_val.jsonl")
+    with pytest.raises(UserError, match="also judged"):
+        run_eval("model", bad, ["pope"], out=tmp_path, decoder=Seeing(dataset))
+
+
+def test_limit_no_control_and_repeatability(dataset, tmp_path):
+    a = figures_of(dataset, tmp_path / "a", Seeing(dataset), limit=5, shuffled=False, seed=1)
+    b = figures_of(dataset, tmp_path / "b", Seeing(dataset), limit=5, shuffled=False, seed=1)
+    assert a == b and a["pope_accuracy_seen"].n == 30 and a["caption_recall_seen"].n == 5
+    assert a["pope_accuracy_seen"].control is None and "pope_accuracy_seen_over_shuffled" not in a
+
+
+def test_questions_on_one_picture_stay_together_and_share_a_seed(dataset, tmp_path):
+    calls = []
+
+    class Noting(Seeing):
+        def score(self, requests, candidates):
+            calls.append([(str(r.messages[0]["content"][0].get("path")), r.seed) for r in requests])
+            return super().score(requests, candidates)
+
+    figures_of(dataset, tmp_path, Noting(dataset), tasks=["pope", "side"])
+    flat = [c for call in calls for c in call]
+    changes = sum(a[0] != b[0] for a, b in zip(flat, flat[1:]))
+    assert changes + 1 == len({path for path, _ in flat}) == len(set(flat))
+
+
+def test_portions_never_part_a_picture():
+    class J:
+        def __init__(self, m):
+            self.sample = type("S", (), {"media": [m]})
+
+    jobs = [J(f"p{i // 5}") for i in range(40)]
+    portions = media_portions(jobs, 7)
+    assert [j for p in portions for j in p] == jobs and len(portions) > 1
+    assert not any(
+        {a.sample.media[0] for a in p} & {b.sample.media[0] for b in q} for p, q in zip(portions, portions[1:])
+    )
+
+
+def test_gallery_is_drawn_by_seed_and_shows_truth_and_answer(dataset, tmp_path):
+    figures_of(dataset, tmp_path, Seeing(dataset))
+    items = gallery_items(tmp_path / "predictions.jsonl", scenes=4, sounds=2, seed=3)
+    again = gallery_items(tmp_path / "predictions.jsonl", scenes=4, sounds=2, seed=3)
+    assert items == again != gallery_items(tmp_path / "predictions.jsonl", scenes=4, sounds=2, seed=4)
+    assert [i.kind for i in items] == ["image"] * 4 + ["audio"] * 2
+    boxes = [b for i in items for b in i.boxes]
+    assert {b[5] for b in boxes} == {"truth", "answer"}
+    assert all(a.right for i in items for a in i.answered)
+
+
+def test_user_errors_of_the_command(dataset, tmp_path):
+    with pytest.raises(UserError, match="did you mean 'pope'"):
+        run_eval("model", dataset, ["popp"], out=tmp_path, decoder=Seeing(dataset))
+    with pytest.raises(UserError, match="--align"):
+        run_eval("model", dataset, ["retrieval"], out=tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="nothing for task 'pope'"):
+        run_eval("model", tmp_path / "empty", ["pope"], out=tmp_path, decoder=Seeing(dataset))
+    from mmllm.cli.eval import command
+
+    result = CliRunner().invoke(command, ["--data", str(dataset)])
+    assert isinstance(result.exception, UserError) and "--model" in str(result.exception)

@@ -1,0 +1,173 @@
+"""Conversations: answers alone are labelled, training tokens are inference tokens, branches never see each other."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_mm import tiny_model
+
+from mmllm.data.conversations import (
+    IGNORE,
+    assemble,
+    branch_mask,
+    collate,
+    encode_conversation,
+    tokenise_conversation,
+)
+from mmllm.errors import UserError
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["chatml", "plain"])
+def parts(request):
+    return tiny_model(chatml=request.param)
+
+
+def picture(seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (32, 32, 3), np.uint8))
+
+
+def user(*content):
+    return {"role": "user", "content": [{"type": "text", "text": c} if isinstance(c, str) else c for c in content]}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
+def image(seed=0):
+    return {"type": "image", "image": picture(seed)}
+
+
+def sound(seconds=1.0):
+    return {"type": "audio", "audio": np.random.default_rng(3).standard_normal(int(16000 * seconds)).astype("f")}
+
+
+BRANCHES = [
+    [user("Is there a cat?"), assistant("yes")],
+    [user("What is in the picture?"), assistant("a dog, a bell.")],
+    [user("Where is it?"), assistant("<box>1,22,333,999</box>")],
+]
+
+
+def scene(branches=BRANCHES):
+    return {"id": "s", "messages": [user(image())], "branches": branches}
+
+
+def test_labels_are_exactly_the_answers_with_their_end_token(parts):
+    _, processor = parts
+    record = {"messages": [user("no"), assistant("a dog"), user("Is yes a dog?"), assistant("yes")]}
+    row = encode_conversation(record, processor)
+    eos = processor.tokenizer.eos_token
+    labelled = [t for t in row.labels if t != IGNORE]
+    assert processor.tokenizer.decode(labelled) == f"a dog{eos}yes{eos}"
+    assert all(label in (IGNORE, token) for token, label in zip(row.input_ids, row.labels))
+    assert row.labels[-1] != IGNORE, "nothing is computed after the last answer"
+
+
+def test_the_training_row_is_what_generation_would_have_seen(parts):
+    _, processor = parts
+    question = [user(image(), "Is there a cat?", image(1), "yes?", sound())]
+    row = encode_conversation({"messages": [*question, assistant("yes")]}, processor)
+    prompt = processor.apply_chat_template(question, tokenize=True, add_generation_prompt=True)["input_ids"][0].tolist()
+    assert row.input_ids[: len(prompt)] == prompt
+    assert row.labels[: len(prompt)] == [IGNORE] * len(prompt)
+    assert row.input_ids[len(prompt) :] == processor.text_ids("yes" + processor.tokenizer.eos_token)
+
+
+def test_every_branch_is_the_prefix_continued_alone(parts):
+    _, processor = parts
+    row = encode_conversation(scene(), processor)
+    for k, branch in enumerate(BRANCHES, start=1):
+        alone = encode_conversation({"messages": [user(image(), *branch[0]["content"]), *branch[1:]]}, processor)
+        keep = [i for i, b in enumerate(row.branch_ids) if b in (0, k)]
+        assert [row.input_ids[i] for i in keep] == alone.input_ids
+        assert [row.position_ids[i] for i in keep] == alone.position_ids == list(range(len(alone.input_ids)))
+        assert [row.labels[i] for i in keep] == alone.labels
+    assert len(row.media) == 1
+
+
+def inputs_of(processor, rows):
+    batch = collate(rows, processor.pad_id)
+    media = [m for r in rows for m in r.media]
+    data, _ = processor.media_inputs(
+        [m for k, m in media if k == "image"], [processor.load_audio(m) for k, m in media if k == "audio"]
+    )
+    return {**batch, **data}
+
+
+def test_branch_logits_equal_those_of_each_branch_alone(parts):
+    model, processor = parts
+    other = {"messages": [user(sound())], "branches": [[user("a cat?"), assistant("no")]]}
+    rows = [encode_conversation(scene(), processor), encode_conversation(other, processor)]
+    both = inputs_of(processor, rows)
+    labels = both.pop("labels")
+    with torch.no_grad():
+        logits = model(**both).logits
+    for k, branch in enumerate(BRANCHES, start=1):
+        alone = encode_conversation(scene([branch]), processor)
+        single = inputs_of(processor, [alone])
+        single.pop("labels")
+        assert "branch_ids" not in single, "one branch needs no mask of its own"
+        with torch.no_grad():
+            expected = model(**single).logits[0]
+        keep = torch.tensor([i for i, b in enumerate(rows[0].branch_ids) if b in (0, k)])
+        torch.testing.assert_close(logits[0, keep], expected, atol=1e-4, rtol=1e-4)
+    assert labels.shape == logits.shape[:2]
+
+
+def test_loss_is_the_mean_over_answer_tokens_of_the_full_logits(parts):
+    model, processor = parts
+    batch = inputs_of(
+        processor, [encode_conversation(scene(), processor), encode_conversation(scene(BRANCHES[:1]), processor)]
+    )
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        full = model(**batch).logits
+        out = model(**batch, labels=labels)
+    keep = labels[:, 1:] != IGNORE
+    expected = torch.nn.functional.cross_entropy(full[:, :-1][keep], labels[:, 1:][keep])
+    torch.testing.assert_close(out.loss, expected, atol=1e-5, rtol=1e-5)
+    assert out.logits.shape[:2] == (1, int(keep.sum()))
+
+
+def test_mask_is_additive_causal_and_lets_nobody_see_padding():
+    ids = torch.tensor([[0, 0, 1, 1, 2, -1]])
+    mask = branch_mask(ids, torch.float32)
+    assert mask.shape == (1, 1, 6, 6) and mask.max() == 0
+    seen = (mask[0, 0] == 0).int().tolist()
+    assert seen == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 0, 0, 1, 0],
+        [1, 1, 0, 0, 0, 1],
+    ]
+
+
+def test_choosing_branches_and_length_limits(parts):
+    _, processor = parts
+    conversation = tokenise_conversation(scene(), processor)
+    row = assemble(conversation, processor, choose=[2, 0])
+    answers = processor.tokenizer.decode([t for t in row.labels if t != IGNORE])
+    assert answers.startswith("<box>1,22,333,999</box>") and "yes" in answers and "bell" not in answers
+    full = assemble(conversation, processor)
+    short = assemble(conversation, processor, max_length=len(full.input_ids) - 1)
+    assert max(short.branch_ids) == 2 and short.input_ids == full.input_ids[: len(short.input_ids)]
+    cut = assemble(conversation, processor, choose=[1], max_length=25)
+    assert len(cut.input_ids) == 25 and cut.input_ids.count(processor.image_token_id) == processor.image_seq_length
+    with pytest.raises(UserError, match="max_length"):
+        long = tokenise_conversation({"messages": [user("hm", image()), assistant("yes")]}, processor)
+        assemble(long, processor, max_length=10)
+
+
+def test_bad_conversations_are_told_in_one_line(parts):
+    _, processor = parts
+    for record, word in [
+        ({"id": "r7"}, "r7"),
+        ({"messages": [{"role": "user"}]}, "content"),
+        ({"messages": [user({"type": "vidio", "path": "x"}), assistant("a")]}, "vidio"),
+        ({"messages": [user({"type": "image"}), assistant("a")]}, "path"),
+    ]:
+        with pytest.raises(UserError, match=word):
+            tokenise_conversation(record, processor)

@@ -1,0 +1,50 @@
+"""The picture and sound front ends: invariances that the models rely on, and rejection of wrong rates."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmllm.towers import MMLLMAudioFeatureExtractor, MMLLMImageProcessor
+from mmllm.towers.audio_features import mel_filters
+
+
+def test_pixels_are_normalised_and_whole_picture_is_kept():
+    picture = np.zeros((30, 60, 3), np.uint8)
+    picture[:, 30:] = 255
+    x = MMLLMImageProcessor(image_size=8)(Image.fromarray(picture), return_tensors="np")["pixel_values"]
+    assert x.shape == (1, 3, 8, 8)
+    np.testing.assert_allclose(x[0, :, :, 0], -127 / 128, atol=1e-6)
+    np.testing.assert_allclose(x[0, :, :, 7], 1.0, atol=1e-6)
+
+
+def test_transparency_goes_on_white():
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    x = MMLLMImageProcessor(image_size=8)(clear, return_tensors="np")["pixel_values"]
+    np.testing.assert_allclose(x, 1.0, atol=1e-6)
+
+
+def test_log_mel_ignores_level_and_surrounding_silence():
+    extractor = MMLLMAudioFeatureExtractor()
+    t = np.arange(8000) / 16000
+    tone = (np.sin(2 * np.pi * 1000 * t) * np.hanning(8000)).astype(np.float32)
+    plain, mask = extractor.log_mel(tone)
+    padded, mask2 = extractor.log_mel(np.concatenate([np.zeros(3000), 0.1 * tone, np.zeros(5000)]).astype(np.float32))
+    assert plain.shape == (48, extractor.num_frames) and mask.sum() < len(mask)
+    np.testing.assert_allclose(plain, padded, atol=1e-3)
+    assert (mask == mask2).all()
+    # The loudest band is the one whose triangle holds 1000 Hz.
+    bank = mel_filters(48, 512, 16000, 60.0, 8000.0)
+    assert plain.mean(1).argmax() == bank[:, round(1000 / 16000 * 512)].argmax()
+
+
+def test_silence_and_long_sounds_are_finite_and_of_fixed_length():
+    extractor = MMLLMAudioFeatureExtractor()
+    out = extractor([np.zeros(100, np.float32), np.random.default_rng(0).normal(size=80000)], sampling_rate=16000)
+    assert np.isfinite(out["input_features"]).all() and out["input_features"].shape == (2, 48, extractor.num_frames)
+
+
+def test_wrong_sampling_rate():
+    with pytest.raises(ValueError, match="16000"):
+        MMLLMAudioFeatureExtractor()(np.zeros(100), sampling_rate=44100)
