@@ -29,7 +29,8 @@ def training_command(name: str, help_text: str) -> Callable[[Callable[..., Any]]
             if nproc > 1 and "WORLD_SIZE" not in os.environ:
                 from mmllm.train.launch import launch
 
-                argv = [name, config, *overrides, *(["--out", str(out)] if out else []), *(["--resume"] if resume else [])]
+                argv = [name, config, *overrides, *(["--out", str(out)] if out else [])]
+                argv += ["--resume"] if resume else []
                 raise SystemExit(launch(argv, nproc))
             function(config=config, overrides=overrides, out=out, resume=resume)
 

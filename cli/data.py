@@ -26,6 +26,19 @@ def build(recipe: str, size: str, out: Path | None, offline: bool, workers: int,
     click.echo(build_dataset(recipe, size, out, offline, workers, force))
 
 
+@command.command("fetch")
+@click.argument("recipe", default="starter.yaml")
+@click.option("--offline", is_flag=True, help="Touch no network: say what the cache holds and what is missing.")
+def fetch(recipe: str, offline: bool) -> None:
+    """Fetch a recipe's sources and models into the cache, each checked by sha256."""
+    from mmllm.data.models import fetch_all
+
+    used, missing = fetch_all(recipe, offline)
+    click.echo(f"{len(used)} sources ready: {', '.join(used)}")
+    if missing:
+        click.echo(f"missing: {', '.join(missing)}")
+
+
 @command.command("check")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--limit", type=click.IntRange(1), help="Look at the first N records only.")

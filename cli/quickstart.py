@@ -22,4 +22,5 @@ def command(fast: bool, out: Path, seed: int, offline: bool, no_serve: bool, res
     """
     from mmllm.starter.quickstart import quickstart
 
-    quickstart(out=out, size="fast" if fast else "full", seed=seed, offline=offline, serve=not no_serve, restart=restart)
+    size = "fast" if fast else "full"
+    quickstart(out=out, size=size, seed=seed, offline=offline, serve=not no_serve, restart=restart)

@@ -37,7 +37,7 @@ def save_align(model: AlignModel, folder: str | Path, info: dict[str, Any]) -> N
         name: {
             "modality": model.tower(name).modality,
             "tower": owner,
-            "head": model.heads[name].config.model_dump() if name in model.heads else None,
+            "head": head.model_dump() if (head := model.head_config(name)) is not None else None,
             "connector": f"connector_{name}" if name in model.connectors else None,
             "image_size": model.image_size.get(name),
         }

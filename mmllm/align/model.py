@@ -72,6 +72,11 @@ class AlignModel(nn.Module):
             raise UserError(f"this model has no stream '{stream}'", do=f"it has: {', '.join(self.tower_of)}")
         return self.towers[self.tower_of[stream]]  # type: ignore[return-value]
 
+    def head_config(self, stream: str) -> HeadConfig | None:
+        """Config of a stream's pooled head, None where it has none."""
+        head: Any = self.heads[stream] if stream in self.heads else None
+        return head.config if head is not None else None
+
     def parts(self) -> dict[str, nn.Module]:
         """``image.tower``, ``image.head``, ``image.connector``... -> module; a shared tower stands under its owner."""
         found: dict[str, nn.Module] = {f"{k}.tower": v for k, v in self.towers.items()}

@@ -1,4 +1,4 @@
-"""Objective that writes each thing's box into its grid cells' tokens, in a fixed code that an LLM can read out linearly."""
+"""Objective that writes each thing's box into its grid cells' tokens, in a fixed code that an LLM can read linearly."""
 
 from __future__ import annotations
 

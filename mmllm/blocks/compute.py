@@ -14,7 +14,9 @@ from torch import nn
 _CLEARLY = 1.3
 
 
-def matmul_seconds(dtype: torch.dtype, rows: int = 1024, inner: int = 576, outer: int = 1536, repeats: int = 7) -> float:
+def matmul_seconds(
+    dtype: torch.dtype, rows: int = 1024, inner: int = 576, outer: int = 1536, repeats: int = 7
+) -> float:
     """Median CPU-seconds of one linear layer on one thread: x [rows, inner] -> [rows, outer]."""
     x, weight = torch.randn(rows, inner).to(dtype), torch.randn(outer, inner).to(dtype)
     times = []
@@ -43,9 +45,9 @@ def _cpu_dtype() -> torch.dtype:
 def fast_dtype(device: torch.device | str | None = None) -> torch.dtype:
     """bfloat16 where this machine multiplies matrices in it clearly faster than in float32, else float32.
 
-    Processors with the same AVX512-BF16 flag differ by a factor of six (4 times faster than float32 on some, 0.6 times on
-    others), so a CPU is timed once per process (some 50 ms). The environment variable ``MMLLM_DTYPE`` (``float32`` or
-    ``bfloat16``) decides without timing.
+    Processors with the same AVX512-BF16 flag differ by a factor of six (4 times faster than float32 on some, 0.6 times
+    on others), so a CPU is timed once per process (some 50 ms). The environment variable ``MMLLM_DTYPE`` (``float32``
+    or ``bfloat16``) decides without timing.
     """
     asked = os.environ.get("MMLLM_DTYPE")
     if asked in ("float32", "bfloat16"):

@@ -53,6 +53,7 @@ class GridMLPConnector(FolderConnector):
         self.fc1 = nn.Linear(in_dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, out_dim)
         nn.init.dirac_(self.neighbours.weight, groups=in_dim)
+        assert self.neighbours.bias is not None
         nn.init.zeros_(self.neighbours.bias)
         if positions:
             rows, columns = grid  # type: ignore[misc]

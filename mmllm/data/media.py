@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -14,7 +15,7 @@ MAX_PIXELS = 100_000_000  # above this a picture is a mistake or a decompression
 MAX_SECONDS = 3600.0
 
 
-def load_image(path: str | Path) -> Image.Image:
+def load_image(path: str | Path | BinaryIO) -> Image.Image:
     """The picture as PIL RGB, transparency on white.
 
     Raises:
@@ -27,7 +28,7 @@ def load_image(path: str | Path) -> Image.Image:
     return image.convert("RGB")
 
 
-def open_image(path: str | Path) -> Image.Image:
+def open_image(path: str | Path | BinaryIO) -> Image.Image:
     """The decoded picture in its own mode (a cut-out keeps its transparency); errors as in ``load_image``."""
     try:
         with warnings.catch_warnings():

@@ -53,6 +53,22 @@ def resolve_model(ref: str, offline: bool = False) -> str:
     return str(made)
 
 
+def fetch_all(recipe_path: str | Path, offline: bool = False) -> tuple[list[str], list[str]]:
+    """Fetches all of a recipe's sources and makes the starter models that come from them.
+
+    Returns:
+        Names of the sources that are there, and of the optional ones that could not be had.
+
+    Raises:
+        UserError: a required source cannot be had.
+    """
+    report = fetch_sources(load_recipe(recipe_path), offline=offline)
+    for name, (source, _, _) in MAKERS.items():
+        if source in report.paths:
+            resolve_model(PREFIX + name, offline)
+    return list(report.paths), [m["name"] for m in report.missing]
+
+
 def _make_smollm2(source: Path, target: Path) -> None:
     """SmolLM2-135M-Instruct from its Q4_1 GGUF: bf16 safetensors and the tokenizer with its chat template."""
     import torch

@@ -20,7 +20,7 @@ class MMLLMConfig(PreTrainedConfig):
     """
 
     model_type = "mmllm"
-    sub_configs = {"text_config": AutoConfig}
+    sub_configs = {"text_config": AutoConfig}  # type: ignore[assignment]
 
     text_config: dict[str, Any] | PreTrainedConfig | None = None
     vision_config: dict[str, Any] | None = None

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from mmllm.blocks.compute import fast_dtype
@@ -24,7 +23,7 @@ log = logging.getLogger(__name__)
 STAGES = ("pretrain", "tune")
 
 
-def load_llm(llm: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+def load_llm(llm: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """A causal LM and its tokenizer from a folder or hub id.
 
     Raises:
@@ -43,7 +42,7 @@ def load_llm(llm: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
 
 
 def build_model(
-    llm: str | tuple[nn.Module, Any],
+    llm: str | tuple[Any, Any],
     vision_tower: Tower | None = None,
     audio_tower: Tower | None = None,
     connectors: dict[str, Connector | dict[str, Any] | None] | None = None,
@@ -110,13 +109,13 @@ def _connector(tower: Tower, wanted: Connector | dict[str, Any] | None, width: i
             )
         return wanted
     grid = getattr(tower, "grid", None)
-    config = dict(wanted or {"type": "grid_mlp" if grid is not None else "mlp"})
+    config: dict[str, Any] = dict(wanted or {"type": "grid_mlp" if grid is not None else "mlp"})
     if config.get("positions") and not config.get("grid") and grid is not None:
         config["grid"] = list(grid[1:])
     return build_connector({**config, "in_dim": tower.hidden_size, "out_dim": width})
 
 
-def _grow_embeddings(model: nn.Module, tokens: int) -> None:
+def _grow_embeddings(model: Any, tokens: int) -> None:
     """Adds rows for new tokens; each new row is the mean of the old ones, so its logit is never the largest."""
     old = model.get_input_embeddings().weight.shape[0]
     if tokens <= old:
@@ -128,7 +127,7 @@ def _grow_embeddings(model: nn.Module, tokens: int) -> None:
                 module.weight[old:] = module.weight[:old].float().mean(0).to(module.weight.dtype)
 
 
-def _generation_config(model: nn.Module, processor: MMLLMProcessor) -> GenerationConfig:
+def _generation_config(model: Any, processor: MMLLMProcessor) -> GenerationConfig:
     """Greedy by default, ending at the LLM's own end token or at the one that closes an answer in its template."""
     ends = model.generation_config.eos_token_id if model.generation_config is not None else None
     ends = [ends] if isinstance(ends, int) else list(ends or [])

@@ -44,6 +44,7 @@ class MMLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_attention_backend = True
     supports_gradient_checkpointing = True
+    language_model: Any  # any causal LM of transformers, or peft's wrapper around one
     _keep_in_fp32_modules_strict = {"vision_tower", "audio_tower", "vision_connector", "audio_connector"}
 
     def __init__(self, config: MMLLMConfig, language_model: nn.Module | None = None):
@@ -233,7 +234,7 @@ class MMLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         media = {k: kwargs.pop(k) for k in MEDIA_KEYS if k in kwargs}
         first = kwargs.get("is_first_iteration", False) or not kwargs.get("use_cache", True)
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        inputs = GenerationMixin.prepare_inputs_for_generation(self, input_ids, **kwargs)  # type: ignore[attr-defined]
         return {**inputs, **media} if first else inputs
 
 

@@ -32,7 +32,9 @@ class MMLLMProcessor(ProcessorMixin):
         audio_tower, audio_connector: their configs, from which the number of tokens of a sound is worked out.
     """
 
-    model_input_names = ["input_ids", "attention_mask", "pixel_values", "input_features", "feature_attention_mask"]
+    model_input_names = [  # type: ignore[assignment]
+        "input_ids", "attention_mask", "pixel_values", "input_features", "feature_attention_mask"
+    ]  # fmt: skip
 
     def __init__(
         self,
@@ -46,7 +48,8 @@ class MMLLMProcessor(ProcessorMixin):
     ):
         self.image_seq_length, self.audio_tower, self.audio_connector = image_seq_length, audio_tower, audio_connector
         self.image_token, self.audio_token = IMAGE_TOKEN, AUDIO_TOKEN
-        self.image_token_id = self.audio_token_id = None
+        self.image_token_id: Any = None
+        self.audio_token_id: Any = None
         self._audio_modules: Any = None
         if tokenizer is not None:
             self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
@@ -79,7 +82,7 @@ class MMLLMProcessor(ProcessorMixin):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(folder)
-        (folder / "chat_template.jinja").write_text(self.chat_template or "", encoding="utf-8")
+        (folder / "chat_template.jinja").write_text(str(self.chat_template or ""), encoding="utf-8")
         self.to_json_file(folder / "processor_config.json")
         return [str(folder / "processor_config.json")]
 

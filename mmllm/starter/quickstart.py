@@ -1,4 +1,4 @@
-"""The quickstart: runs the very commands a user would type, one after another, and joins their figures into one report."""
+"""The quickstart: runs the very commands a user would type, one after another, and joins their figures in a report."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def plan_steps(plan: SizePlan, out: Path, size: Size, seed: int, offline: bool, 
     data = f"starter:{plan.data}"
     off = ["--offline"] if offline else []
     model = str(out / "tune")
-    common = [f"data.root={data}", f"train.seed={seed}"]
+    common = [f"dataset={data}", f"train.seed={seed}"]
     steps = [
         Step("fetch", ["data", "fetch", "data_recipes/starter.yaml", *off], out / "fetch.done", timed=False,
              say="fetch encoders, LLM, pictures and voices (checked by sha256, kept in the cache)"),
@@ -102,11 +102,11 @@ def plan_steps(plan: SizePlan, out: Path, size: Size, seed: int, offline: bool, 
                       "--out", str(out / "eval"), *plan.eval], out / "eval.done",
              say="measure it on new scenes, next to chance and to shuffled media"),
     ]
+    pope = ["eval", "--model", model, "--data", data, "--tasks", "pope", "--limit", str(plan.compare_limit)]
+    pope += ["--no-shuffled", "--seed", str(seed)]
     for spec in ("greedy", *COMPARED):
-        steps.append(Step(f"eval-{spec}", ["eval", "--model", model, "--data", data, "--tasks", "pope", "--decode", spec,
-                                           "--limit", str(plan.compare_limit), "--no-shuffled", "--seed", str(seed),
-                                           "--out", str(out / f"eval_{spec}")], out / f"eval-{spec}.done",
-                          say=f"the same questions, decoded with {spec}"))
+        argv = [*pope, "--decode", spec, "--out", str(out / f"eval_{spec}")]
+        steps.append(Step(f"eval-{spec}", argv, out / f"eval-{spec}.done", say=f"the same questions, by {spec}"))
     if serve:
         steps.append(Step("serve", ["serve", model, "--check", "--out", str(out / "serve.json")], out / "serve.done",
                           timed=False, say="start real vLLM on the model and compare its answers with our own"))
@@ -133,8 +133,8 @@ def run_step(step: Step, state: State) -> None:
         state.peak_memory_gb = max(state.peak_memory_gb, peak)
     state.save()
     if code:
-        raise UserError(f"step '{step.name}' ended with exit code {code}", do="mend what it says above and run the same "
-                        "command again; it goes on from here")
+        do = "mend what it says above and run the same command again; it goes on from here"
+        raise UserError(f"step '{step.name}' ended with exit code {code}", do=do)
     step.done.write_text(time.strftime("%Y-%m-%dT%H:%M:%S\n"), encoding="utf-8")
 
 

@@ -118,7 +118,7 @@ def save_tower(tower: Tower, folder: str | Path) -> None:
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     if hasattr(tower, "save_pretrained"):
-        tower.save_pretrained(path)
+        tower.save_pretrained(path)  # type: ignore[operator]
     else:
         tower.preprocessor().save_pretrained(path)
     config = tower.to_config()

@@ -27,7 +27,7 @@ def encoder_config(config: PreTrainedConfig, modality: str) -> PreTrainedConfig:
     return getattr(config, PARTS[modality], None) or config
 
 
-def encoder_of(model: nn.Module) -> nn.Module:
+def encoder_of(model: Any) -> Any:
     """The encoder of an encoder-decoder model (Whisper); any other model as it is."""
     if getattr(model.config, "is_encoder_decoder", False):
         return model.get_encoder()
@@ -89,7 +89,7 @@ class HFTower(Tower):
         return {"model_type": "hf", "modality": self.modality, "layer": self.layer, "config": self.config.to_dict()}
 
     def save_pretrained(self, folder: str | Path) -> None:
-        self.model.save_pretrained(folder)
+        self.model.save_pretrained(folder)  # type: ignore[operator]
         self.preprocessor().save_pretrained(folder)
 
     def _source(self) -> str:

@@ -58,7 +58,7 @@ class MMLLMImageProcessor(BaseImageProcessor):
         """One picture or a list of them -> ``pixel_values`` [B, 3, S, S] float32."""
         side = image_size or self.image_size
         batch = images if isinstance(images, (list, tuple)) else [images]
-        mean, std = np.float32(self.image_mean) * 255, np.float32(self.image_std) * 255
+        mean, std = (np.asarray(v, np.float32) * 255 for v in (self.image_mean, self.image_std))
         out = np.empty((len(batch), 3, side, side), np.float32)
         for i, image in enumerate(batch):
             rgb = to_rgb(image)

@@ -35,10 +35,11 @@ class WordEmbeddingTower(Tower):
             UserError: no causal language model there.
         """
         try:
-            table = AutoModelForCausalLM.from_pretrained(path, dtype="auto").get_input_embeddings().weight
+            model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+            table: Tensor = model.get_input_embeddings().weight
         except (OSError, ValueError) as e:
             raise UserError(f"cannot load a language model: {str(e).splitlines()[0]}", path) from None
-        tower = cls(*table.shape, source=path)
+        tower = cls(table.shape[0], table.shape[1], source=path)
         tower.weight.data.copy_(table.detach().float())
         return tower
 

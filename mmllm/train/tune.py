@@ -18,7 +18,7 @@ class LoraSection(StrictModel):
     """Low-rank adapters on the LLM, by peft; ``targets`` are names of its linear layers."""
 
     r: int = Field(default=8, ge=1)
-    alpha: float = Field(default=16, gt=0)
+    alpha: int = Field(default=16, ge=1)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj"]
 

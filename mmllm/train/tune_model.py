@@ -165,7 +165,7 @@ def add_lora(model: MMLLMForConditionalGeneration, config: TuneConfig) -> list[t
 
 def save_final(model: MMLLMForConditionalGeneration, processor: MMLLMProcessor, folder: Path) -> None:
     """Writes a complete model folder; with LoRA also the adapter alone in ``adapter/``, and merged in the weights."""
-    llm = model.language_model
+    llm: Any = model.language_model
     if hasattr(llm, "merge_and_unload"):
         llm.save_pretrained(folder / "adapter", save_embedding_layers=False)  # embeddings do not train
         model.language_model = llm.merge_and_unload()
