@@ -3,20 +3,17 @@
 import io
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 from PIL import Image
+from tiny_mm import tiny_model
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
-from tiny_mm import tiny_model  # noqa: E402
-
-from mmllm.cli.main import main  # noqa: E402
-from mmllm.decode import Decoder, Request  # noqa: E402
-from mmllm.errors import UserError  # noqa: E402
-from mmllm.starter.chat import Chat, draw_boxes, talk  # noqa: E402
+from mmllm.cli.main import main
+from mmllm.decode import Decoder, Request
+from mmllm.errors import UserError
+from mmllm.starter.chat import Chat, draw_boxes, talk
 
 
 @pytest.fixture(scope="module")

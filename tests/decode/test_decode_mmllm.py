@@ -1,17 +1,13 @@
 """The decoder on our own model class, with pictures and sounds in one batch."""
 
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_mm import tiny_model
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
-from tiny_mm import tiny_model  # noqa: E402
-
-from mmllm.decode import Decoder, Request  # noqa: E402
+from mmllm.decode import Decoder, Request
 
 RNG = np.random.default_rng(0)
 PICTURES = [Image.fromarray(RNG.integers(0, 255, (40, 30, 3), np.uint8)) for _ in range(3)]

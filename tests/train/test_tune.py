@@ -4,7 +4,6 @@ import json
 import shutil
 import sys
 import wave
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +11,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
-from tiny_mm import tiny_llm, tiny_towers  # noqa: E402
+from tiny_mm import tiny_llm, tiny_towers
 
 from mmllm.config import parse_config
 from mmllm.data.chat_batches import ChatBatches
