@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmllm.blocks.head import logits_only_at
 from mmllm.decode.prompts import Prompt, PromptEncoder, join
 
 # Sharing fewer tokens than this is not worth a dense mask.
@@ -156,8 +157,8 @@ class Prefilled:
 
     Attributes:
         trees, first_row, pad: the trees, the row of each one's view 0, and the left padding of each.
-        logits: [rows, U, V] at the union of the requested places.
-        column: place in the padded row -> index into U.
+        logits: [n, V] at the requested places of all rows.
+        index: (row, place in the padded row) -> index into n.
         cache: the key-value cache, when asked for.
     """
 
@@ -165,20 +166,19 @@ class Prefilled:
     first_row: list[int]
     pad: list[int]
     logits: Tensor
-    column: dict[int, int]
+    index: dict[tuple[int, int], int]
     cache: Any = None
 
     def at(self, t: int, places: list[int]) -> Tensor:
         """Logits [n, K, V] of tree t at places of its row, K views."""
-        columns = [self.column[self.pad[t] + place] for place in places]
-        first = self.first_row[t]
-        return self.logits[first : first + self.trees[t].rows, columns].transpose(0, 1)
+        views, left = range(self.first_row[t], self.first_row[t] + self.trees[t].rows), self.pad[t]
+        return self.logits[torch.tensor([[self.index[row, left + place] for row in views] for place in places])]
 
 
 @torch.inference_mode()
 def prefill(model: Any, encoder: PromptEncoder, trees: list[Tree], use_cache: bool) -> Prefilled:
     """Runs the trees of one batch, left-padded, all views as rows."""
-    # Towers may be kept in float32 beside a bfloat16 LLM, so the model's own dtype says nothing about the LLM's.
+    # Towers may be kept in float32 beside a bfloat16 LLM, so a model's dtype need not be the LLM's.
     device, dtype = model.device, model.get_input_embeddings().weight.dtype
     length = max(len(tree.ids) for tree in trees)
     pad = [length - len(tree.ids) for tree in trees]
@@ -194,19 +194,20 @@ def prefill(model: Any, encoder: PromptEncoder, trees: list[Tree], use_cache: bo
         positions[row : row + tree.rows, left:] = torch.tensor(tree.positions)
         for view in range(tree.rows):
             media += encoder.tensors(tree.prompts[0], view)
-    wanted = {left + branch[-1] for tree, left in zip(trees, pad) for branch in tree.branch}
-    wanted |= {left + p for tree, left in zip(trees, pad) for e in tree.ends for places in e for p in places}
-    kept = sorted(wanted)
-    out = model(
-        input_ids=ids.to(device),
-        attention_mask=_mask(trees, first_row, pad, rows, length, dtype).to(device),
-        position_ids=positions.to(device),
-        logits_to_keep=torch.tensor(kept, device=device),
-        use_cache=use_cache,
-        **{key: value.to(device) for key, value in join(media).items()},
-    )
+    wanted: list[tuple[int, int]] = []
+    for tree, row, left in zip(trees, first_row, pad):
+        places = {branch[-1] for branch in tree.branch} | {p for e in tree.ends for places in e for p in places}
+        wanted += [(row + view, left + place) for view in range(tree.rows) for place in sorted(places)]
+    with logits_only_at(model, *torch.tensor(wanted, device=device).T):
+        out = model(
+            input_ids=ids.to(device),
+            attention_mask=_mask(trees, first_row, pad, rows, length, dtype).to(device),
+            position_ids=positions.to(device),
+            use_cache=use_cache,
+            **{key: value.to(device) for key, value in join(media).items()},
+        )
     cache = out.past_key_values if use_cache else None
-    return Prefilled(trees, first_row, pad, out.logits, {place: i for i, place in enumerate(kept)}, cache)
+    return Prefilled(trees, first_row, pad, out.logits[0], {place: i for i, place in enumerate(wanted)}, cache)
 
 
 def _mask(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from mmllm.blocks.head import logits_only_at
 from mmllm.connectors import build_connector
 from mmllm.contracts import Features
 from mmllm.data.conversations import branch_mask
@@ -71,6 +70,11 @@ class MMLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self
 
     # ---- parts ----------------------------------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The LLM's; what a saved config names, so that the model computes alike when it is loaded again."""
+        return self.language_model.get_input_embeddings().weight.dtype
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -198,7 +202,7 @@ class MMLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return self.language_model(**run, logits_to_keep=logits_to_keep)
         asked = labels[:, 1:] != -100
         targets = labels[:, 1:][asked]
-        with self._logits_only_at(F.pad(asked, (0, 1))):
+        with logits_only_at(self, *asked.nonzero(as_tuple=True)):
             out = self.language_model(**run)
         # No labelled token (all answers cut away): a zero that still has a gradient path, so no process waits.
         loss = F.cross_entropy(out.logits[0].float(), targets) if len(targets) else inputs_embeds.float().sum() * 0
@@ -217,19 +221,6 @@ class MMLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         parts += [(self.vision_tower, pictures), (self.audio_tower, sounds)]
         unused = [p for part, there in parts if part is not None and not there for p in part.parameters()]
         return sum((p.float().sum() * 0 for p in unused if p.requires_grad), torch.zeros(()))
-
-    @contextmanager
-    def _logits_only_at(self, keep: Tensor) -> Iterator[None]:
-        """Within, the LLM's head sees only the positions of ``keep`` [B, L]; what follows the head still applies."""
-
-        def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (args[0][keep][None], *args[1:])
-
-        handle = self.get_output_embeddings().register_forward_pre_hook(select)
-        try:
-            yield
-        finally:
-            handle.remove()
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         media = {k: kwargs.pop(k) for k in MEDIA_KEYS if k in kwargs}

@@ -68,7 +68,7 @@ def weight_files(folder: str | Path) -> list[Path]:
 def saved_dtype(folder: str | Path) -> str:
     """The number format in which the LLM's weights are stored, from the files themselves.
 
-    The config's ``dtype`` does not tell: it names that of the first parameter, which may be a tower's float32.
+    The config's ``dtype`` may be missing or older than the weights.
     """
     names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
     for file in weight_files(folder):

@@ -96,7 +96,7 @@ def tune(stage: str, config: TuneConfig, out: Path, resume: bool = False) -> Pat
     from mmllm.train.launch import is_main, set_threads
     from mmllm.train.run import RunFolder
     from mmllm.train.trainer import MMTrainer
-    from mmllm.train.tune_model import adapt, make_model, save_final
+    from mmllm.train.tune_model import adapt, make_model, save_final, short_row_attention
 
     folder = Path(resolve_dataset(config.dataset))
     files = [config.data] if isinstance(config.data, str) else config.data
@@ -114,6 +114,7 @@ def tune(stage: str, config: TuneConfig, out: Path, resume: bool = False) -> Pat
     set_seed(config.train.seed)
     dtype = choose_dtype(config, run)
     model, processor = make_model(config, dtype)
+    short_row_attention(model, config.max_length)
     groups = adapt(model, config)
     if is_main():
         print(f"{len(records):,} conversations; LLM computes in {str(dtype).split('.')[-1]}", flush=True)

@@ -122,6 +122,18 @@ def test_model_folder_round_trip_and_auto_classes(tmp_path, tie):
     assert {p.dtype for n, p in low.named_parameters() if not n.startswith("language_model")} == {torch.float32}
 
 
+def test_a_saved_model_computes_in_its_llms_number_format_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("MMLLM_DTYPE", "bfloat16")
+    llm, tokenizer = tiny_llm()
+    model, processor = build_model((llm.bfloat16(), tokenizer), *tiny_towers())
+    assert model.dtype == torch.bfloat16
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again, _ = load_model(tmp_path)
+    assert again.dtype == again.get_output_embeddings().weight.dtype == torch.bfloat16
+    assert {p.dtype for p in again.vision_tower.parameters()} == {torch.float32}
+
+
 def test_a_model_with_eyes_only_says_so_when_it_gets_a_sound(tmp_path):
     model, processor = build_model(tiny_llm(), tiny_towers()[0], dtype=torch.float32)
     model.save_pretrained(tmp_path)
