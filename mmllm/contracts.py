@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,6 +103,10 @@ class Tower(nn.Module):
 
     modality: str = ""
     hidden_size: int = 0
+
+    def frozen_copy(self) -> Tower:
+        """A copy in eval mode for running over a data set; a tower may fold layers together in it."""
+        return copy.deepcopy(self).eval()
 
     def to_config(self) -> dict[str, Any]:
         """A JSON-able dict from which ``build_tower`` makes the same architecture without weights."""

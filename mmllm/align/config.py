@@ -119,10 +119,14 @@ class MeasureConfig(StrictModel):
 
 
 class FeatureConfig(StrictModel):
-    """How frozen towers run: ``auto`` takes bfloat16 where the processor is fast at it."""
+    """How frozen towers run: dtype ``auto`` takes bfloat16 where the processor is fast at it.
+
+    Attributes:
+        batch_size: items per forward; None: 32, and of pictures on a CPU as many as keep a layer's output in its cache.
+    """
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    batch_size: int = Field(default=32, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
 
 
 def check_streams(streams: dict[str, StreamConfig], names: list[str], where: str) -> None:

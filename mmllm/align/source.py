@@ -21,6 +21,8 @@ from mmllm.errors import UserError
 from mmllm.towers import MMLLMAudioFeatureExtractor, audio_inputs, image_inputs
 
 Progress = Callable[[int, int], None]
+CHUNK = 32  # items read, and written to the cache, together
+CPU_PIXELS = 300_000  # of the pictures in one forward
 FIELD = {"vision": "image", "audio": "audio", "text": "text"}
 
 
@@ -78,9 +80,10 @@ class FrozenFeatures:
 
     Args:
         dtype: of the tower's computation and of what is kept.
+        batch_size: items per forward; None as in ``FeatureConfig``.
     """
 
-    def __init__(self, cache: FeatureCache, dtype: torch.dtype, device: torch.device, batch_size: int = 32):
+    def __init__(self, cache: FeatureCache, dtype: torch.dtype, device: torch.device, batch_size: int | None = None):
         self.cache, self.dtype, self.device, self.batch_size = cache, dtype, device, batch_size
         self._fingerprints: dict[int, str] = {}
 
@@ -111,9 +114,7 @@ class FrozenFeatures:
             "side": side,
             "dtype": str(self.dtype),
         }
-        import copy
-
-        runner = copy.deepcopy(tower).to(self.device, self.dtype).eval()
+        runner = tower.frozen_copy().to(self.device, self.dtype)
         n = len(records)
 
         def one(index: int) -> Any:
@@ -138,17 +139,29 @@ class FrozenFeatures:
                     changed = augment_log_mel(inputs["input_features"], generator)
                     random = torch.tensor([r >= n for r in rows])[:, None, None]
                     inputs["input_features"] = torch.where(random, changed, inputs["input_features"])
+            parts = []
             with torch.inference_mode():
-                features = runner(**{k: v.to(self.device) for k, v in inputs.items()})
-            out = {f: getattr(features, f).to(self.dtype) for f in fields}
-            if "tokens" in fields and not bool(features.mask.all()):
-                out["mask"] = features.mask
+                for at in range(0, len(rows), size):
+                    features = runner(**{k: v[at : at + size].to(self.device) for k, v in inputs.items()})
+                    part = {f: getattr(features, f).to(self.dtype) for f in fields}
+                    parts.append({**part, "mask": features.mask} if "tokens" in fields else part)
+            out = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+            if "mask" in out and bool(out["mask"].all()):
+                del out["mask"]
             return out
 
-        self.cache.chunk = self.batch_size
+        size = self.batch_size or self._forward_size(tower, side)
+        self.cache.chunk = max(size, CHUNK // size * size)
         with ThreadPoolExecutor(2) as pool:  # decoding releases the interpreter lock
             found = self.cache.get_or_compute(key, n, compute, copies + 1, name, progress)
         return found if copies else {k: v[None] for k, v in found.items()}
+
+
+    def _forward_size(self, tower: Tower, side: int) -> int:
+        """Pictures per forward: on a CPU a network runs twice as fast when its activations stay in the L2 cache."""
+        if tower.modality != "vision" or self.device.type != "cpu":
+            return CHUNK
+        return max(4, min(CHUNK, CPU_PIXELS // side**2))
 
 
 def _stamp(path: str) -> str:

@@ -27,6 +27,7 @@ from transformers import (
 
 from mmllm.errors import UserError
 from mmllm.towers import audio_inputs, build_tower, image_inputs, load_preprocessor, load_tower, save_tower
+from mmllm.towers.efficientnet import EfficientNetLite0Tower
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 PROCESSOR = {"size": {"height": 32, "width": 32}, "crop_size": {"height": 32, "width": 32}}
@@ -146,6 +147,23 @@ def test_efficientnet_shapes_and_frozen_statistics():
     assert out.tokens.shape == (2, 12, 1280) and out.grid == (1, 3, 4) and tower.num_tokens() == 9
     assert torch.equal(tower._bn0.running_mean, before)
     assert torch.allclose(out.pooled, out.tokens.mean(1))
+
+
+def test_the_frozen_copy_is_the_same_function_without_batchnorm():
+    torch.manual_seed(0)
+    tower = EfficientNetLite0Tower(64)
+    for module in tower.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # statistics as training would have left them
+            module.running_mean.normal_(0, 0.2)
+            module.running_var.uniform_(0.5, 1.5)
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias, 0, 0.2)
+    twin = tower.frozen_copy()
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in twin.modules())
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(twin(pixel_values=x).tokens, tower(pixel_values=x).tokens, atol=1e-3, rtol=1e-3)
+    assert any(isinstance(m, torch.nn.BatchNorm2d) for m in tower.modules())
 
 
 def test_same_padding_against_explicit_padding():
