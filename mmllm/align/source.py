@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -35,9 +36,14 @@ def texts_of(record: dict[str, Any]) -> list[str]:
 
 
 def fingerprint(tower: Tower) -> str:
-    """Hash of a tower's config and weights: features of other weights are other features."""
+    """Hash of a tower's config and weights: features of other weights are other features.
+
+    BatchNorm's count of training batches is left out: it changes no feature, and loading may change its number format.
+    """
     digest = hashlib.sha256(repr(sorted(tower.to_config().items(), key=str)).encode())
     for name, value in sorted(tower.state_dict().items()):
+        if name.endswith("num_batches_tracked"):
+            continue
         digest.update(f"{name}{tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -62,7 +68,7 @@ def _path(record: dict[str, Any], modality: str) -> str:
         value = value[0] if value else None
     if not isinstance(value, str):
         raise UserError(f"record has no {FIELD[modality]}", record.get("id"))
-    return value
+    return os.path.normpath(value)  # one file under two spellings has one set of features
 
 
 def read_picture(record: dict[str, Any], how: str, side: int, rng: np.random.Generator | None) -> Any:
@@ -166,10 +172,8 @@ class FrozenFeatures:
 
 def _stamp(path: str) -> str:
     """Path with size and time, so that a changed file is another item."""
-    from pathlib import Path
-
     try:
-        info = Path(path).stat()
+        info = os.stat(path)
     except OSError:
         raise UserError("no such file", path, "build the data again: mmllm data build") from None
     return f"{path} {info.st_size} {info.st_mtime_ns}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -44,9 +43,17 @@ def _losses(out: Path) -> dict[str, Path]:
     return {stage: file for stage, file in files.items() if file.is_file()}
 
 
-def _serving(out: Path) -> dict[str, Any] | None:
+def _serving(out: Path) -> list[Figure]:
+    """Figures of the serving check; empty when it was left out."""
     file = out / "serve.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return read_figures(file) if file.is_file() else []
+
+
+def _served(figures: list[Figure]) -> str:
+    parity = next((f for f in figures if f.name == "serve_parity"), None)
+    if parity is None or parity.value is None or not parity.n:
+        return "not checked"
+    return f"{round(parity.value * parity.n)} of {parity.n} answers token for token those of our own greedy decoding"
 
 
 def summarise(out: Path, size: str, seed: int, wall_seconds: float, peak_memory_gb: float) -> Path:
@@ -73,8 +80,9 @@ def summarise(out: Path, size: str, seed: int, wall_seconds: float, peak_memory_
                 met = f.value >= f.target if f.better == "higher" else f.value <= f.target
                 f.verdict = "met" if met else "missed"
     serving = _serving(out)
+    figures += serving
     command = "mmllm quickstart" + (" --fast" if size == "fast" else "")
-    extra = {"missing": results.get("missing", []), "size": size, **({"serving": serving} if serving else {})}
+    extra = {"missing": results.get("missing", []), "size": size}
     write_figures(out / "results.json", command, seed, None, results.get("sources", []), figures, **extra)
 
     dataset = resolve_dataset(f"starter:{size}")
@@ -85,14 +93,14 @@ def summarise(out: Path, size: str, seed: int, wall_seconds: float, peak_memory_
         f"mmllm eval --model {out / 'tune'} --data starter:{size} --tasks pope --decode vcd:alpha=0.5",
         f"mmllm serve {out / 'tune'}",
     ]
-    run = yaml.safe_load((out / "tune" / "config.yaml").read_text(encoding="utf-8"))
+    align = yaml.safe_load((out / "align" / "config.yaml").read_text(encoding="utf-8"))
+    llm = align["streams"][align["words"]]["tower"]["model"]
     facts = {
-        "command": command, "seed": seed, "dataset": str(dataset), "LLM": run.get("llm", ""),
+        "command": command, "seed": seed, "dataset": str(dataset), "LLM": llm,
         "sources": [s["name"] for s in results.get("sources", [])],
         "sources missing": [m["name"] for m in results.get("missing", [])] or "none",
         "wall time": f"{wall_seconds / 60:.1f} minutes without downloads and serving",
-        "served by vLLM": "not checked" if not serving else
-        f"{serving['identical']} of {serving['asked']} answers token-identical with our own greedy decoding",
+        "served by vLLM": _served(serving),
     }  # fmt: skip
     first = headline(figures)
     shown = {f.name for f in first} | {f.name for f in compared}
@@ -105,7 +113,7 @@ def summarise(out: Path, size: str, seed: int, wall_seconds: float, peak_memory_
     print_figures(first, "What it sees and hears, on pictures, voices and things it has never met")
     print_figures(compared, "The same yes/no questions, decoded against hallucination")
     if serving:
-        print(f"served by vLLM: {facts['served by vLLM']}")
+        print(f"\nserved by vLLM: {facts['served by vLLM']}")
     print(f"\nreport: {report}\nfigures: {out / 'results.json'}\n\nGo on with:")
     for line in commands:
         print(f"  {line}")

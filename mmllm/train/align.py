@@ -124,6 +124,8 @@ class AlignStage:
             spec = {"model": stream.tower} if isinstance(stream.tower, str) else dict(stream.tower)
             spec["model"] = resolve_model(str(spec.get("model", "")), offline=self.offline)
             towers[name] = load_tower(spec, stream.modality)
+            if stream.image_size and hasattr(towers[name], "image_size"):
+                towers[name].image_size = stream.image_size
         tower_of = {n: s.tower_of or n for n, s in self.config.streams.items()}
         dim = self.config.embedding_dim
         heads, connectors = {}, {}
@@ -133,12 +135,13 @@ class AlignStage:
                 heads[name] = ProjectionHead(width, dim, stream.head)
             if stream.connector is not None:
                 out_dim = towers[self.config.words].hidden_size if self.config.words else dim
-                connectors[name] = build_connector({"in_dim": width, "out_dim": out_dim, **stream.connector})
+                spec = {"in_dim": width, "out_dim": out_dim, **stream.connector}
+                grid = getattr(towers[tower_of[name]], "grid", None)
+                if spec.get("positions") and not spec.get("grid") and grid is not None:
+                    spec["grid"] = list(grid[1:])
+                connectors[name] = build_connector(spec)
         model = AlignModel(towers, tower_of, heads, connectors, self._pairs(), dim)
         model.image_size = {n: s.image_size for n, s in self.config.streams.items() if s.image_size}
-        for name, size in model.image_size.items():
-            if name in towers and hasattr(towers[name], "image_size"):
-                towers[name].image_size = size
         return model.eval()
 
     def _pairs(self) -> list[tuple[str, str]]:

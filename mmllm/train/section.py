@@ -45,7 +45,8 @@ class TrainSection(StrictModel):
         max_steps: optimizer steps of the run (of a phase, where a stage has several); None: from num_train_epochs.
         learning_rate: the base rate; a parameter group may bring its own, scheduled in the same proportion.
         warmup_steps: a number of steps, or a fraction of all steps when below 1.
-        prefetch: batches made ahead by a background thread; 0 makes them in the training thread.
+        prefetch: batches made ahead by a background thread; 0 makes them in the training thread. None: 2 beside a GPU,
+            0 on a CPU, where a second thread with its own OpenMP team slows the training thread by a fifth.
         threads: CPU threads of each process; None: the cores this process may use, shared between local processes.
     """
 
@@ -70,7 +71,7 @@ class TrainSection(StrictModel):
     save_steps: int = Field(default=500, ge=1)
     save_total_limit: int | None = Field(default=2, ge=1)
     report_to: str | list[str] = "none"
-    prefetch: int = Field(default=2, ge=0)
+    prefetch: int | None = Field(default=None, ge=0)
     threads: int | None = Field(default=None, ge=1)
 
     @classmethod

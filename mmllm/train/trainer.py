@@ -146,7 +146,10 @@ class MMTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         length = self.args.max_steps * self.args.gradient_accumulation_steps
         a = self.args
-        self._batches = StepBatches(self.batch_fn, length, a.process_index, a.world_size, self.section.prefetch)
+        prefetch = self.section.prefetch
+        if prefetch is None:
+            prefetch = 0 if a.device.type == "cpu" else 2
+        self._batches = StepBatches(self.batch_fn, length, a.process_index, a.world_size, prefetch)
         # A batch sampler of single numbers lets a resumed run skip by number, without making the skipped batches.
         return DataLoader(self._batches, batch_sampler=[[i] for i in range(length)], collate_fn=itemgetter(0))
 
