@@ -156,12 +156,13 @@ def build_speech(
     hear_names = single[: size.hear_names]
     held = [*hear_names, *(n for n in names if n not in set(hear_names))][: size.held_out_names]
     jobs = []
+    per_name = recipe.voices.per_name
     for chosen, voices, vary in ((names, recipe.voices.train, True), (held, recipe.voices.held_out, False)):
         for chunk in _chunks(list(enumerate(chosen)), SPEECH_CHUNK):
-            jobs.append((folder, chunk, voices, recipe.seed, vary))
+            jobs.append((folder, chunk, voices, recipe.seed, vary, per_name if vary else None))
     clips: dict[str, sets.Clips] = {"train": [], "heldout_voices": [], "real": []}
     for job, made in zip(jobs, workers.map(speech_job, jobs, fresh=True)):
-        clips["train" if job[-1] else "heldout_voices"] += made
+        clips["train" if job[4] else "heldout_voices"] += made
     for r in recordings:
         if r.label not in names:
             continue

@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from mmllm.data.conversations import IGNORE, Conversation, assemble, collate, media_of, tokenise_conversation
+from mmllm.data.conversations import (
+    IGNORE,
+    Conversation,
+    answer_weights,
+    assemble,
+    collate,
+    media_of,
+    tokenise_conversation,
+)
 
 POOL = 16  # batches whose rows are sorted by length together
 
@@ -45,6 +53,7 @@ class ChatBatches:
         audio_tokens: source -> LLM tokens of that sound.
         branches_per_row: at most so many branches a row, drawn anew each time; None takes all.
         max_length: longest row in tokens.
+        length_normalization: see ``answer_weights``; 0 gives batches without weights.
     """
 
     def __init__(
@@ -57,11 +66,13 @@ class ChatBatches:
         seed: int,
         branches_per_row: int | None = None,
         max_length: int | None = None,
+        length_normalization: float = 0.0,
     ):
         self.records, self.processor = records, processor
         self.media_inputs, self.audio_tokens = media_inputs, audio_tokens
         self.batch_size, self.seed = min(batch_size, len(records)), seed
         self.branches_per_row, self.max_length = branches_per_row, max_length
+        self.length_normalization = length_normalization
         lengths = [rough_length(r, processor.image_seq_length, branches_per_row) for r in records]
         self.lengths = np.asarray(lengths)
         self._tokenised: dict[int, Conversation] = {}  # each record is rendered and tokenised once
@@ -95,7 +106,7 @@ class ChatBatches:
         return found
 
     def __call__(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Any]:
-        """The batch of one process: token tensors, media inputs and ``num_items``, the number of answer tokens."""
+        """The batch of one process: token tensors, media inputs and ``num_items``, the weight of its answer tokens."""
         chosen, rng = self.rows(step * world + rank)
         encoded = []
         for index in chosen:
@@ -107,6 +118,9 @@ class ChatBatches:
         batch: dict[str, Any] = dict(collate(encoded, self.processor.pad_id))
         batch |= self.media_inputs([m for row in encoded for m in row.media])
         batch["num_items"] = int((batch["labels"][:, 1:] != IGNORE).sum())
+        if self.length_normalization:
+            batch["label_weights"] = answer_weights(batch["labels"], self.length_normalization)
+            batch["num_items"] = float(batch["label_weights"][:, 1:].sum())
         return batch
 
 

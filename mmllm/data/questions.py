@@ -148,7 +148,7 @@ def scene_questions(
     vocabulary: Sequence[str],
     rng: np.random.Generator,
     blocks: Mapping[str, Sequence[str]] | None = None,
-    kinds: Sequence[str] = ("caption", "exists", "exists", "exists", "exists", "count", "side", "box"),
+    kinds: Sequence[str] = ("caption", *["exists"] * 6, "count", "side", "box"),
 ) -> list[QA]:
     """Questions on one scene in random order; yes and no alternate, so every scene is balanced.
 

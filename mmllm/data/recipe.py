@@ -22,10 +22,11 @@ class Vendors(StrictModel):
 
 
 class Voices(StrictModel):
-    """eSpeak NG voices that train, and those kept for testing."""
+    """eSpeak NG voices that train, and those kept for testing; each name is trained in ``per_name`` of the first."""
 
     train: list[str]
     held_out: list[str]
+    per_name: int | None = None
 
 
 class Size(StrictModel):

@@ -111,9 +111,14 @@ def slug(name: str) -> str:
 
 
 def speak_names(
-    folder: Path, names: Sequence[tuple[int, str]], voices: Sequence[str], seed: int, vary: bool
+    folder: Path,
+    names: Sequence[tuple[int, str]],
+    voices: Sequence[str],
+    seed: int,
+    vary: bool,
+    per_name: int | None = None,
 ) -> list[tuple[str, str, str]]:
-    """Speaks names in every voice into ``folder/audio/<voice>/<name>.wav``.
+    """Speaks names into ``folder/audio/<voice>/<name>.wav``, each in ``per_name`` voices drawn for it (None: all).
 
     Args:
         names: (number, name); the number, not the position in this call, seeds the draws of speed, pitch and article.
@@ -124,7 +129,9 @@ def speak_names(
     """
     made = []
     for number, name in names:
-        for v, voice in enumerate(voices):
+        drawn = np.random.default_rng((seed, 78, number)).permutation(len(voices))[:per_name]
+        for v in sorted(int(i) for i in drawn):
+            voice = voices[v]
             text, speed, pitch = name, 170, 50
             if vary:
                 rng = np.random.default_rng((seed, 77, number, v))

@@ -161,9 +161,10 @@ class MMLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         audio_tower_mask: Tensor | None = None,
         branch_ids: Tensor | None = None,
         labels: Tensor | None = None,
+        label_weights: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        num_items: int | None = None,
+        num_items: float | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Runs the LLM on text with media in place.
@@ -173,8 +174,9 @@ class MMLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             branch_ids: [B, L] of ``mmllm.data.conversations``; makes the mask under which branches share a prefix.
             labels: [B, L], -100 where nothing is asked. Then ``loss`` is the mean over the labelled tokens, and
                 ``logits`` has one row for each of them only: [1, number of labelled tokens, vocabulary].
+            label_weights: [B, L], makes the mean a weighted one.
             logits_to_keep: as in transformers; without labels.
-            num_items: number of labelled tokens, for the training loop; not used here.
+            num_items: number (or weight) of labelled tokens, for the training loop; not used here.
         """
         if inputs_embeds is None:
             if input_ids is None:
@@ -205,7 +207,11 @@ class MMLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         with logits_only_at(self, *asked.nonzero(as_tuple=True)):
             out = self.language_model(**run)
         # No labelled token (all answers cut away): a zero that still has a gradient path, so no process waits.
-        loss = F.cross_entropy(out.logits[0].float(), targets) if len(targets) else inputs_embeds.float().sum() * 0
+        loss = inputs_embeds.float().sum() * 0
+        if len(targets):
+            each = F.cross_entropy(out.logits[0].float(), targets, reduction="none")
+            share = torch.ones_like(each) if label_weights is None else label_weights[:, 1:][asked].to(each)
+            loss = (each * share).sum() / share.sum()
         out.loss = loss + self._unused_connectors(image_tower_tokens, pixel_values, audio_tower_tokens, input_features)
         return out
 

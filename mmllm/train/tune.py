@@ -55,6 +55,7 @@ class TuneConfig(StrictModel):
         dataset: ``starter:full``, ``starter:fast`` or a folder; ``data`` are records files in it.
         branches_per_row: most questions of one picture that share a row; each epoch draws others.
         max_length: longest row in tokens.
+        length_normalization: tokens of an answer of n tokens weigh n^-this in the loss: 0 treats tokens alike, 1 answers.
         dtype: of the LLM; auto takes bfloat16 where this machine is faster with it (measured), else float32.
         copies: colour-changed copies of each picture's features beside the plain one (frozen vision tower).
     """
@@ -67,6 +68,7 @@ class TuneConfig(StrictModel):
     data: str | list[str]
     branches_per_row: int | None = Field(default=6, ge=1)
     max_length: int = Field(default=512, ge=16)
+    length_normalization: float = Field(default=0.0, ge=0, le=1)
     limit: int | None = Field(default=None, ge=1)
     copies: int = Field(default=0, ge=0)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -128,6 +130,7 @@ def tune(stage: str, config: TuneConfig, out: Path, resume: bool = False) -> Pat
         config.train.seed,
         config.branches_per_row,
         config.max_length,
+        config.length_normalization,
     )
     count = TokenCount()
     trainer = MMTrainer(

@@ -8,6 +8,7 @@ from tiny_mm import tiny_model
 
 from mmllm.data.conversations import (
     IGNORE,
+    answer_weights,
     assemble,
     branch_mask,
     collate,
@@ -171,3 +172,13 @@ def test_bad_conversations_are_told_in_one_line(parts):
     ]:
         with pytest.raises(UserError, match=word):
             tokenise_conversation(record, processor)
+
+
+def test_answer_weights_by_hand():
+    x = IGNORE
+    labels = torch.tensor([[x, 5, 6, x, 7, x, 1, 2, 3, 4], [9, x, x, x, 8, 8, x, x, x, x]])
+    assert torch.equal(answer_weights(labels, 0.0), (labels != x).float())
+    whole = answer_weights(labels, 1.0)
+    torch.testing.assert_close(whole[0], torch.tensor([0, 0.5, 0.5, 0, 1, 0, 0.25, 0.25, 0.25, 0.25]))
+    torch.testing.assert_close(whole[1], torch.tensor([1.0, 0, 0, 0, 0.5, 0.5, 0, 0, 0, 0]))
+    torch.testing.assert_close(answer_weights(labels, 0.5), whole.sqrt() * (labels != x))
