@@ -55,7 +55,7 @@ class TuneConfig(StrictModel):
         dataset: ``starter:full``, ``starter:fast`` or a folder; ``data`` are records files in it.
         branches_per_row: most questions of one picture that share a row; each epoch draws others.
         max_length: longest row in tokens.
-        length_normalization: tokens of an answer of n tokens weigh n^-this in the loss: 0 treats tokens alike, 1 answers.
+        length_normalization: a token of an answer of n tokens weighs n^-this in the loss; 0: tokens alike, 1: answers.
         dtype: of the LLM; auto takes bfloat16 where this machine is faster with it (measured), else float32.
         copies: colour-changed copies of each picture's features beside the plain one (frozen vision tower).
     """
