@@ -151,8 +151,11 @@ def quickstart(out: Path, size: Size = "full", seed: int = 0, offline: bool = Fa
     options = {"size": size, "seed": seed}
     if restart and out.exists():
         shutil.rmtree(out)
+    state_file = out / "quickstart.json"
+    if out.exists() and not state_file.is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError("holds something else, not a quickstart", out, "give another --out")
     out.mkdir(parents=True, exist_ok=True)
-    state = State.load(out / "quickstart.json")
+    state = State.load(state_file)
     if state.options and state.options != options:
         raise UserError(f"holds a quickstart with {state.options}, asked was {options}", out,
                         "give --restart or another --out")

@@ -347,9 +347,10 @@ def align(config: AlignConfig, out: Path, resume: bool = False) -> Path:
     if run.finished:
         print(f"{out}: already finished", flush=True)
         return out
-    stage = AlignStage(config, run)
-    for number, phase in enumerate(config.phases.values()):
-        stage.train_phase(number, phase)
+    with run.begun():
+        stage = AlignStage(config, run)
+        for number, phase in enumerate(config.phases.values()):
+            stage.train_phase(number, phase)
     if not is_main():
         return out
     figures = measure_all(stage)

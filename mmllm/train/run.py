@@ -257,6 +257,17 @@ class RunFolder:
             part.replace(self.metrics_file)
 
     @contextlib.contextmanager
+    def begun(self) -> Iterator[None]:
+        """Within, a user's mistake that shows before anything was trained takes the new folder away again."""
+        try:
+            yield
+        except UserError:
+            unused = not self.resumed and not self.metrics_file.exists() and self.path.is_dir()
+            if is_main() and unused and not any(self.checkpoints().rglob("checkpoint-*")):
+                shutil.rmtree(self.path)
+            raise
+
+    @contextlib.contextmanager
     def final(self) -> Iterator[Path]:
         """``with run.final() as folder:`` write the result into ``folder``; it becomes ``final/`` only when complete.
 

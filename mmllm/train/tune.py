@@ -88,17 +88,9 @@ def run_stage(stage: str, config_path: str, overrides: Any, out: Path | None, re
 
 def tune(stage: str, config: TuneConfig, out: Path, resume: bool = False) -> Path:
     """The stage on a ready config; see ``run_stage``."""
-    from transformers import set_seed
-    from transformers.utils import logging as hf_logging
-
-    from mmllm.data.chat_batches import ChatBatches
     from mmllm.data.models import resolve_dataset
     from mmllm.data.records import read_records
-    from mmllm.train.chat_media import ChatMedia
-    from mmllm.train.launch import is_main, set_threads
     from mmllm.train.run import RunFolder
-    from mmllm.train.trainer import MMTrainer
-    from mmllm.train.tune_model import adapt, make_model, save_final, short_row_attention
 
     folder = Path(resolve_dataset(config.dataset))
     files = [config.data] if isinstance(config.data, str) else config.data
@@ -111,6 +103,22 @@ def tune(stage: str, config: TuneConfig, out: Path, resume: bool = False) -> Pat
     if run.finished:
         print(f"{out}: already finished", flush=True)
         return out
+    with run.begun():
+        train_and_save(stage, config, records, run)
+    return out
+
+
+def train_and_save(stage: str, config: TuneConfig, records: list[dict[str, Any]], run: Any) -> None:
+    """Makes the model, trains it on the records and writes ``final/``."""
+    from transformers import set_seed
+    from transformers.utils import logging as hf_logging
+
+    from mmllm.data.chat_batches import ChatBatches
+    from mmllm.train.chat_media import ChatMedia
+    from mmllm.train.launch import is_main, set_threads
+    from mmllm.train.trainer import MMTrainer
+    from mmllm.train.tune_model import adapt, make_model, save_final, short_row_attention
+
     hf_logging.disable_progress_bar()  # its bars break the plain lines of a log
     set_threads(config.train.threads)
     set_seed(config.train.seed)
@@ -142,11 +150,10 @@ def tune(stage: str, config: TuneConfig, out: Path, resume: bool = False) -> Pat
         with run.final() as final:
             save_final(model, processor, final)
         run.update(**speed)
-        print(f"{stage}: model in {out / 'final'}", flush=True)
+        print(f"{stage}: model in {run.path / 'final'}", flush=True)
         if speed:
             rates = [f"{speed[k]:,.0f}" for k in ("tokens", "tokens_per_second", "tokens_per_cpu_second")]
             print(f"{rates[0]} LLM tokens, {rates[1]} a second, {rates[2]} a CPU-second", flush=True)
-    return out
 
 
 def choose_dtype(config: TuneConfig, run: Any) -> Any:

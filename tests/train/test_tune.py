@@ -216,3 +216,11 @@ def test_two_processes_train_although_one_may_lack_sounds(world, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert (out / "final" / "model.safetensors").is_file()
     load_model(out)
+
+
+def test_a_mistake_before_training_leaves_no_folder(world, tmp_path):
+    """The run folder is written first; a start that cannot begin takes it away again."""
+    settings = {"dataset": str(world), "data": "train.jsonl", "init": str(tmp_path / "no"), "train": {"max_steps": 1}}
+    with pytest.raises(UserError, match="no such folder"):
+        tune("pretrain", parse_config(settings, TuneConfig), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
