@@ -91,6 +91,8 @@ class RegionAlign(Objective):
         scale: factor on the cosine.
         background_weight: weight of background cells in the mean.
         norm_weight: weight of the term that keeps the tokens as long as word embeddings are.
+        pull_weight: weight of 1 - cosine to the right word. The classification is content when a token is nearer to its
+            word than to others; pulled all the way it is a word that the LLM knows from text.
     """
 
     def __init__(
@@ -100,10 +102,12 @@ class RegionAlign(Objective):
         scale: float = 20.0,
         background_weight: float = 0.2,
         norm_weight: float = 0.05,
+        pull_weight: float = 0.0,
     ):
         super().__init__()
         self.stream, self.scale = stream, scale
         self.background_weight, self.norm_weight = background_weight, norm_weight
+        self.pull_weight = pull_weight
         self.needs = frozenset({f"{stream}.token_embedding", "vocabulary"})
         self.background = nn.Parameter(torch.randn(dim) * 0.02)
 
@@ -133,9 +137,13 @@ class RegionAlign(Objective):
         share = weight[target] * mask
         match = (each * share).sum() / share.sum().clamp(min=1e-6)
         norm = ((length - 1).pow(2) * mask).sum() / mask.sum().clamp(min=1)
-        hit = (logits.argmax(-1) == target) & mask & (target < len(words))
-        accuracy = hit.sum() / (mask & (target < len(words))).sum().clamp(min=1)
-        return {"loss": match + self.norm_weight * norm, "word_accuracy": accuracy.float()}
+        named = mask & (target < len(words))
+        hit = (logits.argmax(-1) == target) & named
+        count = named.sum().clamp(min=1)
+        cosine = (logits / self.scale).gather(-1, target[..., None])[..., 0]
+        pull = ((1 - cosine) * named).sum() / count
+        loss = match + self.norm_weight * norm + self.pull_weight * pull
+        return {"loss": loss, "word_accuracy": (hit.sum() / count).float(), "word_cosine": 1 - pull.detach()}
 
     def logits(self, tokens: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
         """tokens [B, M, D], words [V, D] -> logits [B, M, V + 1] and relative length [B, M] (1 = as a word)."""
