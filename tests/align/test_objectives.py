@@ -143,6 +143,22 @@ def test_region_align_of_the_words_themselves_is_nearly_nothing():
     assert wrong["loss"] > 10 and wrong["word_accuracy"] == 0
 
 
+def test_the_pull_is_the_mean_distance_of_named_cells_from_their_words():
+    torch.manual_seed(6)
+    words, tokens = torch.randn(3, 8) + 2, torch.randn(2, 4, 8)
+    boxes = [[{"xyxy": [0, 0, 0.5, 0.5], "text": "c"}], [{"xyxy": [0.5, 0, 1, 1], "text": "a"}]]
+    objective = RegionAlign("image", 8)
+    batch = region_batch(tokens, words, boxes, grid=(1, 2, 2))
+    without = objective(batch)["loss"]
+    objective.pull_weight = 0.5
+    out = objective(batch)
+    around, offset = words - words.mean(0), tokens - words.mean(0)
+    named = torch.stack([offset[0, 0], offset[1, 1], offset[1, 3]]), torch.stack([around[2], around[0], around[0]])
+    cosine = F.cosine_similarity(*named).mean()
+    torch.testing.assert_close(out["loss"] - without, 0.5 * (1 - cosine))
+    torch.testing.assert_close(out["word_cosine"], cosine)
+
+
 def test_region_align_ignores_masked_tokens():
     torch.manual_seed(5)
     words, tokens = torch.randn(3, 8), torch.randn(1, 4, 8)
