@@ -11,8 +11,8 @@ export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: help demo demo-fast test test-fast setup lint clean
 help:
-	@echo "make demo       set up, then run the whole quickstart (about a quarter of an hour on 2 CPU cores)"
-	@echo "make demo-fast  the same at a twentieth of the size (about five minutes)"
+	@echo "make demo       set up, then run the whole quickstart (some 20 minutes on 2 CPU cores)"
+	@echo "make demo-fast  the same at a twentieth of the size (some 7 minutes)"
 	@echo "make test       set up, lint, type check, all tests (with real vLLM on CPU)"
 	@echo "make test-fast  the tests for every edit"
 
