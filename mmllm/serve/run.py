@@ -38,7 +38,8 @@ def serve(model: str | Path, *, check: bool = False, out: str | Path | None = No
 
     # A polite kill or a closed terminal must end the workers too, so it takes the same way out as Ctrl-C.
     for name in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(name, _leave)
+        if signal.getsignal(name) != signal.SIG_IGN:  # nohup wants it ignored
+            signal.signal(name, _leave)
     server = Server(model, say=waiting, **settings)
     begin = time.monotonic()
     try:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -119,7 +120,9 @@ def test_stop_leaves_no_process_and_frees_the_port(server):
 def test_ending_the_command_ends_every_process(vllm, tiny_folder, tmp_path, how):
     log = tmp_path / "log"
     command = [sys.executable, "-m", "mmllm.cli", "serve", str(tiny_folder), "--port", "0", "--log", str(log)]
-    ours = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # A shell without job control starts background jobs, and so these tests, with SIGINT ignored.
+    listen = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    ours = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=listen)
     children = Path(f"/proc/{ours.pid}/task/{ours.pid}/children")
     try:
         wait_for(lambda: log.exists() and log.stat().st_size > 0)  # vLLM itself runs, not only the probe before it
