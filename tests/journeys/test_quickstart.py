@@ -42,7 +42,7 @@ def run(tmp_path_factory) -> Path:
     assert second.returncode == 0, second.stdout[-3000:] + second.stderr[-3000:]
     assert (out / "align.done").stat().st_mtime_ns == aligned  # finished steps were not done again
     assert "mmllm tune configs/starter/tune.yaml" in second.stdout and "--resume" in second.stdout
-    assert "What it sees and hears" in second.stdout
+    assert "pope_accuracy_seen\t" in second.stdout and "report: " in second.stdout
     return out
 
 
