@@ -99,7 +99,7 @@ def plan_steps(plan: SizePlan, out: Path, size: Size, seed: int, offline: bool, 
         Step("tune", ["tune", "configs/starter/tune.yaml", *common, f"init={out / 'pretrain'}", *plan.tune,
                       "--out", model], out / "tune.done", resumable=out / "tune",
              say="tune connectors and LoRA on questions about pictures and sounds"),
-        Step("eval", ["eval", "--model", model, "--align", str(out / "align"), "--data", data, "--seed", str(seed),
+        Step("eval", ["eval", "--model", model, "--data", data, "--seed", str(seed),
                       "--out", str(out / "eval"), *plan.eval], out / "eval.done",
              say="measure it on new scenes, next to chance and to shuffled media"),
     ]

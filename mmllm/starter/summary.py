@@ -67,6 +67,7 @@ def summarise(out: Path, size: str, seed: int, wall_seconds: float, peak_memory_
 
     results = json.loads((out / "eval" / "results.json").read_text(encoding="utf-8"))
     figures = read_figures(out / "eval" / "results.json")
+    figures += read_figures(out / "align" / "final" / "results.json")  # measured at the end of the align step
     compared = _decoding(out, read_figures(out / "eval_greedy" / "results.json"))
     figures += compared
     figures.append(Figure("wall_seconds", wall_seconds, better="lower", unit="s",
