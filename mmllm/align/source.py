@@ -164,7 +164,7 @@ class FrozenFeatures:
 
 
     def _forward_size(self, tower: Tower, side: int) -> int:
-        """Pictures per forward: on a CPU a network runs twice as fast when its activations stay in the L2 cache."""
+        """Pictures per forward: on a CPU as many as let its activations stay in the L2 cache."""
         if tower.modality != "vision" or self.device.type != "cpu":
             return CHUNK
         return max(4, min(CHUNK, CPU_PIXELS // side**2))

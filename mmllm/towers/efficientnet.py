@@ -119,7 +119,7 @@ class EfficientNetLite0Tower(Tower):
         return Features(tokens, mask, tokens.mean(1), grid=(1, x.shape[2], x.shape[3]))
 
     def frozen_copy(self) -> EfficientNetLite0Tower:
-        """The same function without BatchNorm layers: on a CPU 1.7 times faster."""
+        """The same function without BatchNorm layers; ``benchmarks/tune_speed.py`` measures what that is worth."""
         twin = copy.deepcopy(self).eval()
         _fold(twin, [("_conv_stem", "_bn0"), ("_conv_head", "_bn1")])
         for block in twin._blocks:

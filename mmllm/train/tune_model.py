@@ -149,7 +149,7 @@ SHORT_ROW = 1024  # tokens
 
 
 def short_row_attention(model: MMLLMForConditionalGeneration, max_length: int) -> None:
-    """On a CPU, short rows train a fifth to a half faster with plain attention than with torch's fused one.
+    """On a CPU, short rows train faster with plain attention than with torch's fused one.
 
     The fused backward pays for its blocks (``benchmarks/tune_speed.py`` measures it). Nothing of this is saved.
     """
