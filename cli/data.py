@@ -40,13 +40,36 @@ def fetch(recipe: str, offline: bool) -> None:
 
 
 @command.command("check")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--limit", type=click.IntRange(1), help="Look at the first N records only.")
-def check(file: Path, limit: int | None) -> None:
-    """Look at every record of a JSONL file and say what is wrong, with file and line."""
-    from mmllm.data.check import check_file
+@click.option("--needs", default="", help="Fields that every record must have: image,text.")
+@click.option("--text-limit", type=click.IntRange(1), help="Longest text, in words; a config's towers know theirs.")
+@click.option("--column", "columns", multiple=True, metavar="FIELD=COLUMN", help="Which column is which field.")
+def check(
+    file: str,
+    overrides: tuple[str, ...],
+    limit: int | None,
+    needs: str,
+    text_limit: int | None,
+    columns: tuple[str, ...],
+) -> None:
+    """Look at every record and say what is wrong, with file and line.
 
-    records, problems = check_file(file, limit)
+    FILE is JSONL, CSV or TSV, tars (shard-{000..031}.tar), parquet, a folder of media, or the YAML config of an align
+    run: then every file that it trains on is checked, for what its streams need and its text towers take.
+    """
+    from mmllm.data.check import check_file, words_limit
+    from mmllm.data.columns import column_options
+
+    if file.endswith((".yaml", ".yml")):
+        from mmllm.train.align_check import check_config
+
+        records, problems = check_config(file, overrides, limit)
+    else:
+        wanted = [n.strip() for n in needs.split(",") if n.strip()]
+        limit_of = words_limit(text_limit) if text_limit else None
+        records, problems = check_file(file, limit, wanted, limit_of, column_options(columns) or None)
     for line in problems:
         click.echo(line)
     click.echo(f"{file}: {records} records, {len(problems)} problems")

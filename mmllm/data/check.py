@@ -2,89 +2,124 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmllm.data.blob import Blob
+from mmllm.data.captions import captions_of
+from mmllm.data.columns import FIELDS
 from mmllm.data.media import load_audio, open_image
-from mmllm.data.records import from_conversations, with_absolute_paths
-from mmllm.errors import UserError
+from mmllm.data.open import DataSpec, located_records
+from mmllm.data.records import MEDIA_FIELDS, Located
+from mmllm.errors import UserError, unknown
 
 ROLES = ("system", "user", "assistant", "tool")
 
 
-def check_file(file: Path, limit: int | None = None) -> tuple[int, list[str]]:
-    """Checks a JSONL file (records of either form, or LLaVA / ShareGPT conversations).
+@dataclass
+class TextLimit:
+    """The longest text that is taken.
 
-    Each medium is decoded once, however many records use it.
+    Attributes:
+        limit: in ``unit``.
+        count: text -> its length; never more than a byte's worth a unit, beside four special tokens.
+    """
+
+    limit: int
+    count: Callable[[str], int]
+    unit: str = "tokens"
+
+    def problem(self, text: str) -> str | None:
+        """What is wrong with a text that is too long, else None."""
+        if len(text.encode()) + 4 <= self.limit or (length := self.count(text)) <= self.limit:
+            return None
+        return f"text of {length} {self.unit} is longer than {self.limit}: {text!r:.40}"
+
+
+def words_limit(limit: int) -> TextLimit:
+    """A limit in words between spaces: a text that is too long in words is too long in any tokenizer's tokens."""
+    return TextLimit(limit, lambda text: len(text.split()), "words")
+
+
+def check_file(
+    file: str | Path | DataSpec,
+    limit: int | None = None,
+    needs: Collection[str] = (),
+    text_limit: TextLimit | None = None,
+    columns: dict[str, Any] | None = None,
+) -> tuple[int, list[str]]:
+    """Checks a file of records in any format that ``open_records`` reads.
+
+    Each medium that is a file is decoded once, however many records use it.
+
+    Args:
+        needs: fields that every record must have, such as ``image`` and ``text``.
 
     Returns:
         the number of records seen, and one line "file:line: what is wrong" for every problem.
 
     Raises:
-        UserError: the file is missing or no text.
+        UserError: the file is missing or of no known kind.
     """
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except OSError as e:
-        raise UserError(f"cannot be read ({e.strerror})", file) from None
-    except UnicodeDecodeError:
-        raise UserError("not a text file", file, "give a JSONL file") from None
+    for field in needs:
+        if field not in FIELDS:
+            raise unknown("record field", field, FIELDS, "needs")
     problems: list[str] = []
-    seen_ids: dict[str, int] = {}
+    seen: dict[tuple[str, str], int | str] = {}
     media: dict[tuple[str, str], str | None] = {}
     records = 0
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for item in located_records(file, columns):
         if limit is not None and records >= limit:
             break
         records += 1
-        where = f"{file}:{number}"
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict):
-                raise ValueError("a record is a JSON object")
-        except ValueError as e:
-            problems.append(f"{where}: not valid JSON ({e})")
+        if item.record is None:
+            problems.append(f"{item.where}: {item.problem}")
             continue
-        name = record.get("id")
-        if name is not None:
-            if str(name) in seen_ids:
-                problems.append(f"{where}: id '{name}' is already on line {seen_ids[str(name)]}")
-            seen_ids.setdefault(str(name), number)
-        try:
-            if "conversations" in record:
-                record = from_conversations(record, where)
-            record = with_absolute_paths(record, file.parent.absolute())
-        except (UserError, TypeError, AttributeError, KeyError) as e:
-            problems.append(str(e) if isinstance(e, UserError) else f"{where}: unknown form of record ({e})")
-            continue
-        problems += [f"{where}: {p}" for p in check_record(record, media)]
+        twice = repeated_id(item, seen)
+        problems += [f"{item.where}: {p}" for p in ([twice] if twice else [])]
+        problems += [f"{item.where}: {p}" for p in check_record(item.record, media, needs, text_limit)]
     if records == 0:
-        problems.append(f"{file}: no records")
+        problems.append(f"{file.path if isinstance(file, DataSpec) else file}: no records")
     return records, problems
 
 
-def check_record(record: dict[str, Any], media: dict[tuple[str, str], str | None] | None = None) -> Iterator[str]:
+def repeated_id(item: Located, seen: dict[tuple[str, str], int | str]) -> str | None:
+    """What is wrong with a record whose id another one of its file has; ``seen`` keeps (file, id) -> place."""
+    assert item.record is not None
+    key = (item.file, str(item.record["id"]))
+    if key not in seen:
+        seen[key] = item.place
+        return None
+    return f"id '{key[1]}' is already {f'on line {seen[key]}' if isinstance(seen[key], int) else f'at {seen[key]}'}"
+
+
+def check_record(
+    record: dict[str, Any],
+    media: dict[tuple[str, str], str | None] | None = None,
+    needs: Collection[str] = (),
+    text_limit: TextLimit | None = None,
+) -> Iterator[str]:
     """The problems of one record with absolute media paths.
 
     Args:
         media: (kind, path) -> problem or None, to decode each file once over many records.
+        needs, text_limit: see ``check_file``.
     """
     media = {} if media is None else media
-    if not any(k in record for k in ("image", "audio", "video", "text", "messages")):
+    if not any(k in record for k in (*MEDIA_FIELDS, "text", "messages")):
         yield "nothing in it (no image, audio, video, text or messages)"
-    for kind in ("image", "audio"):
+    else:
+        yield from missing_fields(record, needs)
+    for kind in MEDIA_FIELDS:
         for path in _listed(record.get(kind)):
             yield from _medium(kind, path, media)
     if "text" in record:
-        texts = record["text"]
-        flat = list(texts.values()) if isinstance(texts, dict) else _listed(texts)
-        flat = [t for x in flat for t in _listed(x)]
-        if not flat or any(not isinstance(t, str) or not t.strip() for t in flat):
+        texts = [t for _, t in captions_of(record)]
+        if not texts or any(not isinstance(t, str) or not t.strip() for t in texts):
             yield "empty text"
+        yield from (p for t in texts if text_limit and isinstance(t, str) and (p := text_limit.problem(t)))
     yield from _boxes(record.get("boxes"))
     if "messages" in record:
         threads = [record["messages"], *record.get("branches", [])]
@@ -92,6 +127,16 @@ def check_record(record: dict[str, Any], media: dict[tuple[str, str], str | None
             yield from _messages(thread, media)
         if not any(isinstance(m, dict) and m.get("role") == "assistant" for t in threads for m in _listed(t)):
             yield "no answer in it (no message of role assistant)"
+
+
+def missing_fields(record: dict[str, Any], needs: Collection[str]) -> Iterator[str]:
+    """One line for every needed field that a record lacks; a label serves as text."""
+    for field in needs:
+        held = record.get(field)
+        if field == "text" and held in (None, [], {}):
+            held = record.get("label")
+        if held is None or held == [] or held == {}:
+            yield f"no {field}, which is needed"
 
 
 def _listed(value: Any) -> list[Any]:
@@ -138,18 +183,29 @@ def _messages(messages: Any, media: dict[tuple[str, str], str | None]) -> Iterat
 
 
 def _medium(kind: str, path: Any, media: dict[tuple[str, str], str | None]) -> Iterator[str]:
-    """The problem of one picture or sound, decoding it the first time only; URLs are not fetched."""
-    if not isinstance(path, str):
+    """The problem of one medium, decoding a file the first time only; URLs are not fetched, videos not decoded."""
+    if not isinstance(path, str | bytes | Blob):
         yield f"{kind}: a path is a text, not {path!r:.60}"
         return
-    if "://" in path or path.startswith("data:"):
+    if isinstance(path, str) and ("://" in path or path.startswith("data:")):
         return
-    if (kind, path) not in media:
-        try:
-            open_image(path) if kind == "image" else load_audio(path)
-            media[kind, path] = None
-        except UserError as e:
-            media[kind, path] = str(e)
-    problem = media[kind, path]
+    problem = media.get((kind, path)) if isinstance(path, str) else None
+    if not isinstance(path, str) or (kind, path) not in media:
+        problem = _decoded(kind, path)
+        if isinstance(path, str):
+            media[kind, path] = problem
     if problem:
         yield problem
+
+
+def _decoded(kind: str, path: str | bytes | Blob) -> str | None:
+    """What a decoder says against a medium."""
+    try:
+        if kind == "video":
+            if isinstance(path, str) and not (Path(path).is_file() and Path(path).stat().st_size):
+                return f"{path}: no such video, or an empty one"
+        else:
+            open_image(path) if kind == "image" else load_audio(path)
+    except UserError as e:
+        return str(e)
+    return None

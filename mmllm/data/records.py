@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,42 @@ ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assi
 PLACEHOLDER = re.compile(r"\s*<(image|audio|video)>\s*")
 
 
+@dataclass
+class Located:
+    """A record and where it stands, or what is wrong with what stands there.
+
+    Attributes:
+        file: the file that the record stands in.
+        place: its line, or its name inside a shard.
+    """
+
+    file: str
+    place: int | str
+    record: dict[str, Any] | None = None
+    problem: str | None = None
+
+    @property
+    def where(self) -> str:
+        return f"{self.file}:{self.place}"
+
+
 def iter_records(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, record as it stands) of a JSONL file, or (item number, record) of a JSON list.
 
     Raises:
         UserError: missing file, broken JSON or a line that is not an object, with file and line.
+    """
+    for item in iter_lines(path):
+        if item.record is None:
+            raise UserError(str(item.problem), item.where)
+        yield int(item.place), item.record
+
+
+def iter_lines(path: str | Path) -> Iterator[Located]:
+    """Every line that is not empty (item of a JSON list); a broken line comes with its problem.
+
+    Raises:
+        UserError: missing file, no text, or broken JSON of a JSON list.
     """
     path = Path(path)
     try:
@@ -27,16 +59,15 @@ def iter_records(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
             data = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(data, list):
                 raise UserError("expected a JSON list of records", path)
-            rows: Iterator[tuple[int, Any]] = enumerate(data, 1)
-            yield from (_checked(path, n, r) for n, r in rows)
+            yield from (_located(path, number, item) for number, item in enumerate(data, 1))
             return
         with path.open(encoding="utf-8") as f:
             for number, line in enumerate(f, 1):
                 if line.strip():
                     try:
-                        yield _checked(path, number, json.loads(line))
+                        yield _located(path, number, json.loads(line))
                     except json.JSONDecodeError as e:
-                        raise UserError(f"not valid JSON ({e.msg})", f"{path}:{number}") from None
+                        yield Located(str(path), number, problem=f"not valid JSON ({e.msg})")
     except FileNotFoundError:
         raise UserError("no such records file", path) from None
     except IsADirectoryError:
@@ -47,10 +78,10 @@ def iter_records(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UserError("not a text file in UTF-8", path, "give a .jsonl file of records") from None
 
 
-def _checked(path: Path, number: int, record: Any) -> tuple[int, dict[str, Any]]:
+def _located(path: Path, number: int, record: Any) -> Located:
     if not isinstance(record, dict):
-        raise UserError("a record must be a JSON object", f"{path}:{number}")
-    return number, record
+        return Located(str(path), number, problem="a record must be a JSON object")
+    return Located(str(path), number, record)
 
 
 def read_records(path: str | Path, limit: int | None = None) -> list[dict[str, Any]]:
@@ -62,13 +93,23 @@ def read_records(path: str | Path, limit: int | None = None) -> list[dict[str, A
     path = Path(path)
     out = []
     for number, raw in iter_records(path):
-        where = f"{path}:{number}"
-        record = from_conversations(raw, where) if "conversations" in raw else dict(raw)
-        record.setdefault("id", f"{path.stem}-{number}")
-        out.append(with_absolute_paths(record, path.parent.absolute()))
+        out.append(finish_record(raw, str(path), number))
         if limit is not None and len(out) >= limit:
             break
     return out
+
+
+def finish_record(raw: dict[str, Any], file: str, place: int | str) -> dict[str, Any]:
+    """The record with an id, in our form of conversation, with media paths absolute against the file's folder.
+
+    Raises:
+        UserError: see ``from_conversations``.
+    """
+    record = from_conversations(raw, f"{file}:{place}") if "conversations" in raw else dict(raw)
+    path = Path(file)
+    if record.get("id") is None:
+        record["id"] = f"{path.stem}-{place}"
+    return with_absolute_paths(record, (path if path.is_dir() else path.parent).absolute())
 
 
 def _absolute(value: Any, folder: Path) -> Any:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import struct
+import tarfile
 import wave
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from mmllm.cli.data import command
-from mmllm.data.check import check_file
+from mmllm.data.check import TextLimit, check_file, words_limit
 from mmllm.errors import UserError
 
 
@@ -73,7 +76,7 @@ def test_broken_lines_and_exit_codes(folder: Path) -> None:
     assert records == 3 and [p.split(":")[1] for p in problems] == ["2", "3"]
     assert CliRunner().invoke(command, ["check", str(file)]).exit_code == 2
     assert CliRunner().invoke(command, ["check", str(file), "--limit", "1"]).exit_code == 0
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="no such records file"):
         check_file(folder / "none.jsonl")
     file.write_text("")
     assert check_file(file) == (0, [f"{file}: no records"])
@@ -83,3 +86,58 @@ def test_llava_records_are_understood(folder: Path) -> None:
     talk = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "a thing"}]
     (folder / "l.jsonl").write_text(json.dumps({"id": "1", "image": "good.png", "conversations": talk}))
     assert check_file(folder / "l.jsonl") == (1, [])
+
+
+def bomb(path: Path) -> None:
+    """A PNG whose header claims more pixels than Pillow takes."""
+    Image.new("L", (1, 1)).save(path)
+    data = bytearray(path.read_bytes())
+    data[16:24] = struct.pack(">II", 10_000, 8948)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    path.write_bytes(data)
+
+
+def test_what_the_config_needs_and_what_the_tower_takes(folder: Path) -> None:
+    bomb(folder / "bomb.png")
+    rows = [
+        {"id": "a", "image": "good.png", "text": {"en": "a b", "fr": "c d e f"}},
+        {"id": "b", "image": "good.png", "label": "no text, but a label"},
+        {"id": "c", "text": "no picture"},
+        {"id": "d", "image": [], "text": "x"},
+        {"id": "e", "image": "bomb.png", "text": "x"},
+        {"id": "f", "video": "none.mp4", "image": "good.png", "text": "x"},
+    ]
+    file = folder / "r.jsonl"
+    file.write_text("\n".join(json.dumps(x) for x in rows))
+    records, problems = check_file(file, needs=("image", "text"), text_limit=words_limit(3))
+    assert records == 6
+    for line, words in ((1, "text of 4 words is longer than 3"), (3, "no image, which is needed"), (4, "no image"),
+                        (5, "too large"), (6, "no such video")):  # fmt: skip
+        assert [p for p in problems if p.startswith(f"{file}:{line}: ") and words in p], (line, problems)
+    assert len(problems) == 5
+    told = CliRunner().invoke(command, ["check", str(file), "--needs", "image,text", "--text-limit", "3"])
+    assert told.output.splitlines() == [*problems, f"{file}: 6 records, 5 problems"] and told.exit_code == 2
+    with pytest.raises(UserError, match="did you mean 'image'"):
+        check_file(file, needs=["imag"])
+
+
+def test_a_text_limit_counts_only_what_may_be_too_long() -> None:
+    counted = []
+    limit = TextLimit(10, lambda t: counted.append(t) or len(t))
+    assert limit.problem("123456") is None and counted == []
+    assert limit.problem("1234567890") is None and limit.problem("12345678901") is not None
+    assert len(counted) == 2
+
+
+def test_other_formats_with_their_places(folder: Path) -> None:
+    (folder / "t.csv").write_text("picture,text\ngood.png,x\nnone.png,\n")
+    records, problems = check_file(folder / "t.csv", needs=["text"], columns={"image": "picture"})
+    assert records == 2 and [p.split(": ")[0] for p in problems] == [f"{folder / 't.csv'}:3"] * 2
+    with tarfile.open(folder / "s.tar", "w") as tar:
+        for name in ("good.png", "text.png", "nan.wav"):
+            tar.add(folder / name, name)
+    records, problems = check_file(folder / "s.tar")
+    assert records == 3 and problems[0].startswith(f"{folder / 's.tar'}:text: ") and "not a picture" in problems[0]
+    assert "nan" in problems[1] and len(problems) == 2
+    result = CliRunner().invoke(command, ["check", str(folder / "t.csv"), "--column", "image=picture"])
+    assert result.exit_code == 2 and "no such picture" in result.output

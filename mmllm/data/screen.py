@@ -1,0 +1,78 @@
+"""Keeps from training what cannot be trained on, without decoding anything: the rest goes to ``rejected.jsonl``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from mmllm.data.captions import captions_of
+from mmllm.data.check import TextLimit, missing_fields, repeated_id
+from mmllm.data.records import MEDIA_FIELDS, Located
+from mmllm.data.rejected import Rejected
+
+
+def usable_records(
+    items: Iterable[Located],
+    source: str,
+    rejected: Rejected,
+    needs: Collection[str] = (),
+    text_limit: TextLimit | None = None,
+) -> list[dict[str, Any]]:
+    """The records that a training source can use.
+
+    Left out are broken lines, repeated ids, records that lack a needed field or its file, and records without a text
+    that is neither empty nor too long; of several texts the good ones remain.
+
+    Raises:
+        UserError: more are rejected than allowed.
+    """
+    good: list[dict[str, Any]] = []
+    seen: dict[tuple[str, str], int | str] = {}
+    total = 0
+    for item in items:
+        total += 1
+        problem = item.problem
+        if item.record is not None:
+            problem = repeated_id(item, seen) or unusable(item.record, needs)
+        if item.record is not None and problem is None and "text" in needs:
+            item.record, problem = with_usable_texts(item.record, text_limit)
+        if item.record is not None and problem is None:
+            good.append(item.record)
+        else:
+            rejected.add(source, item.where, item.where, str(problem))
+    rejected.expect(source, total)
+    rejected.check(source)
+    return good
+
+
+def unusable(record: dict[str, Any], needs: Collection[str]) -> str | None:
+    """Why a record cannot be used for fields ``needs``; None when it can as far as one sees without decoding."""
+    problem = next(missing_fields(record, needs), None)
+    for field in needs if problem is None else ():
+        paths = record[field] if field in MEDIA_FIELDS else []
+        for path in paths if isinstance(paths, list) else [paths]:
+            if isinstance(path, str) and not os.path.exists(path):
+                return f"{path}: no such file"
+    return problem
+
+
+def with_usable_texts(record: dict[str, Any], limit: TextLimit | None) -> tuple[dict[str, Any], str | None]:
+    """The record with its good texts only, and why none is left where none is."""
+    captions = captions_of(record)
+    reasons = [_text_problem(text, limit) for _, text in captions]
+    kept = [c for c, reason in zip(captions, reasons, strict=True) if reason is None]
+    if not kept:
+        return record, next((r for r in reasons if r), "empty text")
+    if len(kept) == len(captions):
+        return record, None
+    if any(language for language, _ in kept):
+        languages = dict.fromkeys(language for language, _ in kept)
+        return {**record, "text": {key: [t for k, t in kept if k == key] for key in languages}}, None
+    return {**record, "text": [t for _, t in kept]}, None
+
+
+def _text_problem(text: Any, limit: TextLimit | None) -> str | None:
+    if not isinstance(text, str) or not text.strip():
+        return "empty text"
+    return limit.problem(text) if limit is not None else None
