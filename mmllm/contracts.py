@@ -147,7 +147,15 @@ class Scorer:
 
 
 class Transform:
-    """Record -> record, or tensors -> tensors with their boxes, before the towers; random draws come from ``rng``."""
+    """Record -> record, or tensors -> tensors with their boxes, before the towers; random draws come from ``rng``.
+
+    Attributes:
+        field: what it changes: ``image`` (with ``boxes``), ``audio`` or ``text``; empty: several of them.
+        name: what a config calls it.
+    """
+
+    field: str = ""
+    name: str = ""
 
     def __call__(self, item: dict[str, Any], rng: Any) -> dict[str, Any]:
         raise NotImplementedError

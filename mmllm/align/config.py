@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from mmllm.config import StrictModel
+from mmllm.data.open import DataSpec
 from mmllm.errors import UserError, unknown
 
 MODALITIES = ("vision", "audio", "text")
@@ -46,24 +47,47 @@ class StreamConfig(StrictModel):
         return self
 
 
+Data = str | DataSpec | list[str | DataSpec]
+
+
+class SamplerConfig(StrictModel):
+    """Which items make up a batch: ``type`` from the registry (see ``mmllm.data.samplers``), and its ``options``.
+
+    Attributes:
+        by: what the sampler goes by: ``label``, ``group``, ``id`` or ``meta.FIELD`` of the records.
+    """
+
+    type: str
+    by: str = "label"
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
 class SourceConfig(StrictModel):
     """Where a phase's items come from.
 
     Attributes:
-        data: a records file, relative to ``dataset``; several may be given.
+        data: a records file, relative to ``dataset``, or anything that ``open_records`` reads; several may be given.
         streams: the streams that this source feeds.
         batch_size: items per step; None: the train section's ``per_device_train_batch_size``.
-        sampler: ``distinct`` draws different labels and one item of each; ``random`` draws items.
+        sampler: ``distinct`` draws different labels and one item of each; ``random`` draws items; ``shuffle`` goes
+            through the data epoch by epoch; see ``SamplerConfig`` for the others.
+        captions: which of an item's texts a batch takes: ``random``, ``first``, ``round_robin`` (pass by pass over the
+            data), or ``all``: then an item has a row for each.
+        languages: of texts given by language only these.
+        transforms: names, or ``{"type", ...options}``, of what changes media and texts before towers that train.
         copies: augmented copies of each item's features beside the plain one, for frozen towers.
         augment: ``cutout`` (cut-outs on a canvas), ``scene`` (colours only), ``sound`` (log-mel) or ``none``.
         image_size: overrides the stream's.
         text_noise: length of the random vector added to a frozen text feature, as a share of its own length.
     """
 
-    data: str | list[str]
+    data: Data
     streams: list[str]
     batch_size: int | None = Field(default=None, ge=1)
-    sampler: Literal["distinct", "random"] = "random"
+    sampler: str | SamplerConfig = "random"
+    captions: Literal["random", "first", "round_robin", "all"] = "random"
+    languages: list[str] | None = None
+    transforms: list[str | dict[str, Any]] = Field(default_factory=list)
     copies: int = Field(default=0, ge=0)
     augment: Literal["none", "cutout", "scene", "sound"] = "none"
     image_size: int | None = Field(default=None, ge=8)
@@ -116,6 +140,20 @@ class MeasureConfig(StrictModel):
     streams: list[str]
     field: str = "subgroup"
     image_size: int | None = None
+
+
+class DataConfig(StrictModel):
+    """What is done with items that cannot be used, and how media are read.
+
+    Attributes:
+        max_rejected: the largest share of a source's items that is left out; more stop the run.
+        long_text: texts longer than their tower takes are left out (``skip``) or cut by its tokenizer (``cut``).
+        workers: threads that decode; None: what suits the machine.
+    """
+
+    max_rejected: float = Field(default=0.01, ge=0, le=1)
+    long_text: Literal["skip", "cut"] = "skip"
+    workers: int | None = Field(default=None, ge=1)
 
 
 class FeatureConfig(StrictModel):

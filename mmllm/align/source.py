@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,19 +11,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmllm.align.config import SourceConfig
+import mmllm.data.samplers  # noqa: F401  (registers the core samplers)
+from mmllm.align.config import SamplerConfig, SourceConfig
+from mmllm.align.frozen import FrozenFeatures, Progress, feature_dtype, fingerprint
+from mmllm.align.live import LiveMedia
 from mmllm.align.model import AlignModel
-from mmllm.blocks.augment import augment_log_mel, jitter_picture, place_cutout
-from mmllm.contracts import Tower
-from mmllm.data.features import FeatureCache
-from mmllm.data.media import load_audio, load_image, open_image
-from mmllm.errors import UserError
-from mmllm.towers import MMLLMAudioFeatureExtractor, audio_inputs, image_inputs
+from mmllm.align.reading import FIELD, medium_of, open_picture, read_picture, resized_to, view_picture
+from mmllm.blocks.augment import augment_log_mel
+from mmllm.contracts import BatchSampler, Tower
+from mmllm.data.captions import CaptionSampler, captions_of
+from mmllm.data.check import TextLimit
+from mmllm.data.media import load_audio
+from mmllm.data.rejected import Rejected
+from mmllm.data.transforms import build_transforms
+from mmllm.errors import UserError, unknown
+from mmllm.registry import get
+from mmllm.towers import audio_inputs, image_inputs
 
-Progress = Callable[[int, int], None]
-CHUNK = 32  # items read, and written to the cache, together
-CPU_PIXELS = 300_000  # of the pictures in one forward
-FIELD = {"vision": "image", "audio": "audio", "text": "text"}
+__all__ = ["AlignSource", "FrozenFeatures", "feature_dtype", "fingerprint", "read_picture", "source_needs", "texts_of"]
 
 
 def texts_of(record: dict[str, Any]) -> list[str]:
@@ -35,148 +39,44 @@ def texts_of(record: dict[str, Any]) -> list[str]:
     return [text] if isinstance(text, str) else list(text or [])
 
 
-def fingerprint(tower: Tower) -> str:
-    """Hash of a tower's config and weights: features of other weights are other features.
+def text_limit(tower: Tower) -> TextLimit | None:
+    """The longest text that a text tower takes; None for one that knows no limit."""
+    config: Any = getattr(tower, "config", None)
+    longest = getattr(tower, "max_length", None) or min(getattr(config, "max_position_embeddings", None) or 0, 512)
+    if not longest:
+        return None
+    tokenizer = tower.preprocessor()
+    return TextLimit(longest, lambda text: len(tokenizer(text, verbose=False)["input_ids"]))
 
-    BatchNorm's count of training batches is left out: it changes no feature, and loading may change its number format.
+
+def source_needs(config: SourceConfig, model: AlignModel, long_text: str = "skip") -> tuple[set[str], TextLimit | None]:
+    """The fields that a source's records must have, and the tightest limit of its text streams (None with ``cut``)."""
+    towers = [model.tower(s) for s in config.streams]
+    texts = [t for t in towers if t.modality == "text" and long_text == "skip"]
+    return {FIELD[t.modality] for t in towers}, tightest_limit(texts)
+
+
+def tightest_limit(towers: Sequence[Tower]) -> TextLimit | None:
+    """The smallest limit of several text towers; None where there is none."""
+    limits = [text_limit(t) for t in towers]
+    return min((x for x in limits if x is not None), key=lambda x: x.limit, default=None)
+
+
+def key_of(record: dict[str, Any], by: str, label: str) -> Any:
+    """What a sampler goes by: label, group, id or ``meta.FIELD`` of a record.
+
+    Raises:
+        UserError: the record does not have it, or there is no such key.
     """
-    digest = hashlib.sha256(repr(sorted(tower.to_config().items(), key=str)).encode())
-    for name, value in sorted(tower.state_dict().items()):
-        if name.endswith("num_batches_tracked"):
-            continue
-        digest.update(f"{name}{tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def feature_dtype(choice: str, device: torch.device) -> torch.dtype:
-    """The dtype for frozen towers: bfloat16 where the processor knows it, unless the choice says otherwise.
-
-    The convolutional towers are bound by memory, not by matrix products: EfficientNet-Lite0 gains 1.1 to 1.9 times from
-    bfloat16 even where matrix products lose by it, so this does not go by ``mmllm.blocks.compute.fast_dtype``.
-    """
-    if choice != "auto":
-        return getattr(torch, choice)
-    if device.type == "cpu":
-        return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-
-
-def _path(record: dict[str, Any], modality: str) -> str:
-    value = record.get(FIELD[modality])
-    if isinstance(value, list):
-        value = value[0] if value else None
-    if not isinstance(value, str):
-        raise UserError(f"record has no {FIELD[modality]}", record.get("id"))
-    return os.path.normpath(value)  # one file under two spellings has one set of features
-
-
-def read_picture(record: dict[str, Any], how: str, side: int, rng: np.random.Generator | None) -> Any:
-    """The record's picture as PIL RGB: a cut-out on a canvas, or the picture itself; ``rng`` None is the plain view."""
-    path = _path(record, "vision")
-    if how == "cutout":
-        flip = not (record.get("meta") or {}).get("nomirror", False)
-        return place_cutout(open_image(path), side, rng, flip)
-    picture = load_image(path)
-    return jitter_picture(picture, rng) if how == "scene" and rng is not None else picture
-
-
-class FrozenFeatures:
-    """Runs a frozen tower over records, through the cache.
-
-    Args:
-        dtype: of the tower's computation and of what is kept.
-        batch_size: items per forward; None as in ``FeatureConfig``.
-    """
-
-    def __init__(self, cache: FeatureCache, dtype: torch.dtype, device: torch.device, batch_size: int | None = None):
-        self.cache, self.dtype, self.device, self.batch_size = cache, dtype, device, batch_size
-        self._fingerprints: dict[int, str] = {}
-
-    def __call__(
-        self,
-        tower: Tower,
-        records: Sequence[dict[str, Any]],
-        fields: Sequence[str],
-        *,
-        image_size: int | None = None,
-        augment: str = "none",
-        copies: int = 0,
-        seed: int = 0,
-        name: str = "features",
-        progress: Progress | None = None,
-    ) -> dict[str, Tensor]:
-        """``fields`` of Features (``tokens``, ``pooled``) as [1 + copies, N, ...]; copy 0 is the plain view."""
-        if id(tower) not in self._fingerprints:
-            self._fingerprints[id(tower)] = fingerprint(tower)
-        processor = tower.preprocessor()
-        side = image_size or getattr(processor, "image_size", None) or 224
-        paths = [_path(r, tower.modality) for r in records]
-        key = {
-            "tower": self._fingerprints[id(tower)],
-            "items": hashlib.sha256("\n".join(_stamp(p) for p in paths).encode()).hexdigest(),
-            "fields": sorted(fields),
-            "augment": [augment, seed] if copies else [augment],
-            "side": side,
-            "dtype": str(self.dtype),
-        }
-        runner = tower.frozen_copy().to(self.device, self.dtype)
-        n = len(records)
-
-        def one(index: int) -> Any:
-            which, item = divmod(index, n)
-            rng = np.random.default_rng((seed, which, item)) if which else None
-            if tower.modality == "vision":
-                return read_picture(records[item], augment, side, rng)
-            return load_audio(paths[item], processor.sampling_rate)
-
-        def compute(rows: list[int]) -> dict[str, Tensor]:
-            items = list(pool.map(one, rows))
-            if tower.modality == "vision":
-                extra = {"image_size": side} if hasattr(processor, "image_size") else {}
-                inputs = (
-                    processor(images=items, return_tensors="pt", **extra) if extra else image_inputs(processor, items)
-                )
-                inputs = {"pixel_values": inputs["pixel_values"]}
-            else:
-                inputs = audio_inputs(processor, items)
-                if augment == "sound" and isinstance(processor, MMLLMAudioFeatureExtractor):
-                    generator = torch.Generator().manual_seed(int(rows[0]) + seed)
-                    changed = augment_log_mel(inputs["input_features"], generator)
-                    random = torch.tensor([r >= n for r in rows])[:, None, None]
-                    inputs["input_features"] = torch.where(random, changed, inputs["input_features"])
-            parts = []
-            with torch.inference_mode():
-                for at in range(0, len(rows), size):
-                    features = runner(**{k: v[at : at + size].to(self.device) for k, v in inputs.items()})
-                    part = {f: getattr(features, f).to(self.dtype) for f in fields}
-                    parts.append({**part, "mask": features.mask} if "tokens" in fields else part)
-            out = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
-            if "mask" in out and bool(out["mask"].all()):
-                del out["mask"]
-            return out
-
-        size = self.batch_size or self._forward_size(tower, side)
-        self.cache.chunk = max(size, CHUNK // size * size)
-        with ThreadPoolExecutor(2) as pool:  # decoding releases the interpreter lock
-            found = self.cache.get_or_compute(key, n, compute, copies + 1, name, progress)
-        return found if copies else {k: v[None] for k, v in found.items()}
-
-
-    def _forward_size(self, tower: Tower, side: int) -> int:
-        """Pictures per forward: on a CPU as many as let its activations stay in the L2 cache."""
-        if tower.modality != "vision" or self.device.type != "cpu":
-            return CHUNK
-        return max(4, min(CHUNK, CPU_PIXELS // side**2))
-
-
-def _stamp(path: str) -> str:
-    """Path with size and time, so that a changed file is another item."""
-    try:
-        info = os.stat(path)
-    except OSError:
-        raise UserError("no such file", path, "build the data again: mmllm data build") from None
-    return f"{path} {info.st_size} {info.st_mtime_ns}"
+    if by == "label":
+        return label
+    name = by.removeprefix("meta.")
+    if by not in ("group", "id") and name == by:
+        raise unknown("sampler key", by, ["label", "group", "id", "meta.FIELD"])
+    value = (record.get("meta") or {}).get(name) if name != by else record.get(by)
+    if value is None:
+        raise UserError(f"record has no {by}, by which batches are made", record.get("id"))
+    return value
 
 
 class AlignSource:
@@ -185,6 +85,9 @@ class AlignSource:
     Args:
         want: stream -> what objectives need of it (``embedding``, ``token_embedding``).
         training: streams whose tower trains, so that they get inputs instead of features.
+        contrasts: whether an objective compares the items of a batch, which then needs two different ones.
+        rejected: where items that cannot be read are written down.
+        workers: threads that decode media of towers that train.
     """
 
     def __init__(
@@ -200,24 +103,32 @@ class AlignSource:
         number: int,
         default_batch_size: int,
         progress: Progress | None = None,
+        contrasts: bool = False,
+        rejected: Rejected | None = None,
+        workers: int = 1,
     ):
         if not records:
             raise UserError("no records", f"source '{name}'")
         self.name, self.config, self.records, self.model = name, config, records, model
-        self.seed, self.number = seed, number
+        self.seed, self.number, self.contrasts, self.workers = seed, number, contrasts, workers
+        self.rejected = Rejected() if rejected is None else rejected
+        self.rejected.expect(name, len(records))
         self.batch_size = config.batch_size or default_batch_size
         self.labels = [str(r.get("label") or (texts_of(r) or [""])[0]) for r in records]
-        self.by_label: dict[str, list[int]] = {}
-        for i, label in enumerate(self.labels):
-            self.by_label.setdefault(label, []).append(i)
-        self.names = sorted(self.by_label)
-        if config.sampler == "distinct":
-            self.batch_size = min(self.batch_size, len(self.names))
+        self.sampler_config = SamplerConfig(type=config.sampler) if isinstance(config.sampler, str) else config.sampler
+        self.keys = [key_of(r, self.sampler_config.by, label) for r, label in zip(records, self.labels)]
+        if self.sampler_config.type == "distinct":
+            self.batch_size = min(self.batch_size, len(set(self.keys)))
+        self.transforms = build_transforms(config.transforms, f"source '{name}', transforms")
+        self.captions = CaptionSampler(config.captions)
         self.media: dict[str, dict[str, Tensor]] = {}
         self.raw: dict[str, dict[str, Tensor]] = {}
         self.texts: dict[str, Tensor] = {}
         self.grids: dict[str, tuple[int, int, int] | None] = {}
         self.image_size: dict[str, int | None] = {}
+        self.live_streams: list[str] = []
+        self._check_transforms(training)
+        bad: dict[int, UserError] = {}
         for stream in config.streams:
             tower = model.tower(stream)
             needs = want.get(stream, {"embedding"})
@@ -230,16 +141,40 @@ class AlignSource:
                 self.media[stream] = frozen(
                     tower, records, fields, image_size=self.image_size[stream], augment=config.augment,
                     copies=config.copies, seed=seed, name=f"{name}-{stream}", progress=progress,
+                    on_bad=bad.setdefault,
                 )  # fmt: skip
                 if tower.modality == "vision" and "tokens" in fields:
                     side = round(self.media[stream]["tokens"].shape[2] ** 0.5)
                     self.grids[stream] = (1, side, side)
-            elif tower.modality == "audio":
-                self.raw[stream] = self._read_sounds(tower, progress)
+            elif tower.modality == "audio" and "audio" not in self.transforms.fields:
+                self.raw[stream] = self._read_sounds(tower, progress, bad)
+            else:
+                self.live_streams.append(stream)
+        for item, error in bad.items():
+            self._reject(item, error)
+        self.usable = [i for i in range(len(records)) if i not in bad]
+        if not self.usable:
+            raise UserError("none of the items can be read", f"source '{name}'", "run mmllm data check on its file")
+        self.live = LiveMedia(self._read_item, self.usable, self._reject, workers)
+        self._samplers: dict[int, BatchSampler] = {}
+        self.sampler(self.batch_size)  # its mistakes show before the first step
+
+    def _check_transforms(self, training: set[str]) -> None:
+        """Raises UserError for a transform of something that no training tower of this source reads."""
+        read = {FIELD[self.model.tower(s).modality] for s in self.config.streams if s in training}
+        for transform in self.transforms.transforms:
+            if transform.field and transform.field not in read:
+                what = f"transform '{transform.name}' changes what no tower that trains here reads ({transform.field})"
+                do = "let the tower train, or choose augment and copies: K for a frozen one"
+                raise UserError(what, f"source '{self.name}'", do)
+
+    def _reject(self, item: int, error: UserError) -> None:
+        self.rejected.add(self.name, str(self.records[item]["id"]), error.where or self.name, error.what)
+        self.rejected.check(self.name)
 
     def _read_texts(self, stream: str, tower: Tower, trains: bool) -> None:
-        self.variants = [texts_of(r) or [self.labels[i]] for i, r in enumerate(self.records)]
-        unique = sorted({t for v in self.variants for t in v})
+        self.variants = [captions_of(r) or [(None, self.labels[i])] for i, r in enumerate(self.records)]
+        unique = sorted({t for v in self.variants for _, t in v})
         self.text_index = {t: i for i, t in enumerate(unique)}
         if trains:
             return
@@ -249,38 +184,77 @@ class AlignSource:
                 rows.append(tower(**tower.encode(unique[i : i + 256])).pooled.float())  # type: ignore[attr-defined]
         self.texts[stream] = torch.cat(rows).clone()
 
-    def _read_sounds(self, tower: Tower, progress: Progress | None) -> dict[str, Tensor]:
+    def _read_sounds(self, tower: Tower, progress: Progress | None, bad: dict[int, UserError]) -> dict[str, Tensor]:
         """Inputs of an audio tower that trains: [N, F, T] kept in half precision."""
         extractor = tower.preprocessor()
         features, masks = [], []
-        for i in range(0, len(self.records), 64):
-            waves = [load_audio(_path(r, "audio"), extractor.sampling_rate) for r in self.records[i : i + 64]]
-            inputs = audio_inputs(extractor, waves)
-            features.append(inputs["input_features"].half())
-            masks.append(inputs["feature_attention_mask"].bool())
-            if progress is not None:
-                progress(min(i + 64, len(self.records)), len(self.records))
+
+        def wave(item: int) -> np.ndarray:
+            try:
+                return load_audio(medium_of(self.records[item], "audio"), extractor.sampling_rate)
+            except UserError as e:
+                bad[item] = e
+                return np.zeros(extractor.sampling_rate, np.float32)
+
+        with ThreadPoolExecutor(self.workers) as pool:
+            for i in range(0, len(self.records), 64):
+                inputs = audio_inputs(extractor, list(pool.map(wave, range(i, min(i + 64, len(self.records))))))
+                features.append(inputs["input_features"].half())
+                masks.append(inputs["feature_attention_mask"].bool())
+                if progress is not None:
+                    progress(min(i + 64, len(self.records)), len(self.records))
         return {"input_features": torch.cat(features), "feature_attention_mask": torch.cat(masks)}
 
+    def sampler(self, total: int) -> BatchSampler:
+        """The batch sampler over the usable items, for batches of ``total`` items.
+
+        Raises:
+            UserError: unknown sampler or option, or one that these items do not fit.
+        """
+        if total not in self._samplers:
+            spec = self.sampler_config
+            cls = get("batch_sampler", spec.type, f"source '{self.name}'")
+            valid = [n for n in inspect.signature(cls).parameters if n not in ("keys", "batch_size", "seed")]
+            for option in spec.options:
+                if option not in valid:
+                    raise unknown("option", option, valid, f"sampler '{spec.type}'")
+            keys = [self.keys[i] for i in self.usable]
+            self._samplers[total] = cls(keys, total, (self.seed, self.number), **spec.options)
+        return self._samplers[total]
+
     def choose(self, step: int, rank: int, world: int) -> tuple[list[int], np.random.Generator]:
-        """Item numbers of this process's part of a step's batch, and the generator for all further draws."""
-        rng = np.random.default_rng((self.seed, self.number, step))
-        total = self.batch_size * world
-        if self.config.sampler == "distinct":
-            picked = rng.choice(len(self.names), min(total, len(self.names)), replace=False)
-            items = [self.by_label[self.names[k]] for k in picked]
-            chosen = [int(v[rng.integers(len(v))]) for v in items]
-        else:
-            chosen = rng.choice(len(self.records), total, replace=total > len(self.records)).tolist()
+        """Item numbers of this process's part of a step's batch, and the generator for all further draws.
+
+        Raises:
+            UserError: objectives compare the batch's items, and there are fewer than two different ones.
+        """
+        chosen = [self.usable[i] for i in self.sampler(self.batch_size * world).indices(step)]
+        if self.contrasts and len({self.records[i]["id"] for i in chosen}) < 2:
+            what = f"the batch of step {step} has fewer than two distinct items, and nothing to contrast"
+            raise UserError(what, f"source '{self.name}'", "raise the batch size, give more data or another sampler")
         return chosen[rank::world], np.random.default_rng((self.seed, self.number, step, rank))
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Any]:
-        """``{"streams": {stream: inputs}, "ids", "labels", "boxes"}``, a pure function of its arguments."""
+        """``{"streams": {stream: inputs}, "ids", "labels", "languages", "boxes"}``, a pure function of its arguments.
+
+        With ``captions: all`` an item has a row for each of its texts, all under its one id and label.
+        """
         chosen, rng = self.choose(step, rank, world)
-        index = torch.tensor(chosen)
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        items: list[dict[str, Any]] = []
+        if self.live_streams:
+            spare = np.random.default_rng((self.seed, self.number, step, rank, 1))
+            chosen, items = self.live.load(chosen, rng.integers(2**62, size=len(chosen)).tolist(), spare)
+        passes = step * self.batch_size * world // len(self.usable)
+        captions = None
+        if self.config.captions == "all" and any(self.model.tower(s).modality == "text" for s in self.config.streams):
+            captions, owner = self.captions.pick(self.variants, chosen, passes, rng)
+            chosen, items = [chosen[o] for o in owner], [items[o] for o in owner] if items else []
+        index = torch.tensor(chosen)
         streams: dict[str, dict[str, Any]] = {}
+        languages = None
         for stream in self.config.streams:
+            tower = self.model.tower(stream)
             if stream in self.media:
                 copies = len(next(iter(self.media[stream].values())))
                 which = torch.from_numpy(rng.integers(0, copies, len(chosen)))
@@ -289,26 +263,43 @@ class AlignSource:
                     streams[stream]["grid"] = self.grids[stream]
             elif stream in self.raw:
                 inputs = {k: v[index] for k, v in self.raw[stream].items()}
-                x = inputs["input_features"].float()
-                inputs["input_features"] = augment_log_mel(x, generator) if self.config.augment == "sound" else x
-                streams[stream] = inputs
-            elif self.model.tower(stream).modality == "text":
-                streams[stream] = self._text_batch(stream, chosen, rng, generator)
+                streams[stream] = self._heard(inputs, generator)
+            elif tower.modality == "text":
+                picked = captions or self.captions.pick(self.variants, chosen, passes, rng)[0]
+                languages = [language for language, _ in picked]
+                streams[stream] = self._text_batch(stream, [text for _, text in picked], rng, generator)
+            elif tower.modality == "audio":
+                inputs = dict(audio_inputs(tower.preprocessor(), [i[stream] for i in items]))
+                streams[stream] = self._heard(inputs, generator)
             else:
-                streams[stream] = self._picture_batch(stream, chosen, rng)
-        boxes = [self.records[i].get("boxes") for i in chosen]
+                processor = tower.preprocessor()
+                if hasattr(processor, "image_size"):
+                    processor.image_size = self.side(stream)
+                streams[stream] = dict(image_inputs(processor, [i[stream] for i in items]))
+        boxes = [i["boxes"] for i in items] if items else [self.records[i].get("boxes") for i in chosen]
         return {
             "streams": streams,
             "ids": [str(self.records[i]["id"]) for i in chosen],
             "labels": [self.labels[i] for i in chosen],
+            "languages": languages if languages and any(languages) else None,
             "boxes": boxes if any(b is not None for b in boxes) else None,
         }
 
+    def side(self, stream: str) -> int:
+        """The side of a stream's pictures."""
+        return self.image_size[stream] or getattr(self.model.tower(stream).preprocessor(), "image_size", None) or 224
+
+    def _heard(self, inputs: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+        x = inputs["input_features"].float()
+        inputs["input_features"] = augment_log_mel(x, generator) if self.config.augment == "sound" else x
+        return inputs
+
     def _text_batch(
-        self, stream: str, chosen: list[int], rng: np.random.Generator, generator: torch.Generator
+        self, stream: str, picked: list[str], rng: np.random.Generator, generator: torch.Generator
     ) -> dict[str, Any]:
-        picked = [self.variants[i][rng.integers(len(self.variants[i]))] for i in chosen]
         if stream not in self.texts:
+            if "text" in self.transforms.fields:
+                picked = [self.transforms({"text": t}, rng)["text"] for t in picked]
             return self.model.tower(stream).encode(picked)  # type: ignore[attr-defined]
         pooled = self.texts[stream][[self.text_index[t] for t in picked]]
         if self.config.text_noise:
@@ -316,11 +307,23 @@ class AlignSource:
             pooled = pooled + self.config.text_noise * pooled.norm(dim=-1, keepdim=True) * noise
         return {"pooled": pooled}
 
-    def _picture_batch(self, stream: str, chosen: list[int], rng: np.random.Generator) -> dict[str, Any]:
-        processor = self.model.tower(stream).preprocessor()
-        side = self.image_size[stream] or getattr(processor, "image_size", 224)
+    def _read_item(self, number: int, seed: int) -> dict[str, Any]:
+        """The live streams' media of one item, changed by transforms and augmentation, and its boxes."""
+        record, rng = self.records[number], np.random.default_rng(seed)
+        towers = {s: self.model.tower(s) for s in self.live_streams}
         how = self.config.augment
-        pictures = [read_picture(self.records[i], how, side, rng if how != "none" else None) for i in chosen]
-        if hasattr(processor, "image_size"):
-            processor.image_size = side
-        return dict(image_inputs(processor, pictures))
+        item: dict[str, Any] = {"boxes": record.get("boxes"), "meta": record.get("meta")}
+        sides = {s: self.side(s) for s, t in towers.items() if t.modality == "vision"}
+        if sides:
+            # A crop needs the pixels of the whole picture.
+            drafts = [resized_to(towers[s].preprocessor(), side) for s, side in sides.items()]
+            item["image"] = open_picture(record, how, None if "image" in self.transforms.fields else max(drafts))
+        sounds = [s for s, t in towers.items() if t.modality == "audio"]
+        if sounds:
+            rate = towers[sounds[0]].preprocessor().sampling_rate
+            item["audio"] = load_audio(medium_of(record, "audio"), rate)
+        item = self.transforms(item, rng)
+        out: dict[str, Any] = {"boxes": item["boxes"]}
+        for stream, side in sides.items():
+            out[stream] = view_picture(item["image"], record, how, side, rng if how != "none" else None)
+        return out | {s: item["audio"] for s in sounds}

@@ -50,6 +50,7 @@ class AlignStep(nn.Module):
             if name in self.want[source]
         }
         out = AlignBatch(streams, ids=batch["ids"], labels=batch["labels"], boxes=batch["boxes"])
+        out.languages = batch.get("languages")
         out.logit_scale = {p: self.model.scale(p) for p in self.model.logit_scale}
         out.logit_bias = dict(self.model.logit_bias.items())
         if source in self.vocabularies:

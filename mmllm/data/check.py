@@ -49,6 +49,7 @@ def check_file(
     needs: Collection[str] = (),
     text_limit: TextLimit | None = None,
     columns: dict[str, Any] | None = None,
+    root: str | Path | None = None,
 ) -> tuple[int, list[str]]:
     """Checks a file of records in any format that ``open_records`` reads.
 
@@ -56,6 +57,7 @@ def check_file(
 
     Args:
         needs: fields that every record must have, such as ``image`` and ``text``.
+        columns, root: see ``open_records``.
 
     Returns:
         the number of records seen, and one line "file:line: what is wrong" for every problem.
@@ -70,7 +72,7 @@ def check_file(
     seen: dict[tuple[str, str], int | str] = {}
     media: dict[tuple[str, str], str | None] = {}
     records = 0
-    for item in located_records(file, columns):
+    for item in located_records(file, columns, root):
         if limit is not None and records >= limit:
             break
         records += 1

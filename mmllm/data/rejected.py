@@ -29,7 +29,7 @@ class Rejected:
 
     def expect(self, source: str, total: int) -> None:
         """Says how many items a source has, good and bad."""
-        self._totals[source] = total
+        self._totals[source] = max(total, self._totals.get(source, 0))
 
     def count(self, source: str | None = None) -> int:
         """Rejected items of one source, of all without one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from mmllm.data.captions import captions_of
@@ -18,11 +18,12 @@ def usable_records(
     rejected: Rejected,
     needs: Collection[str] = (),
     text_limit: TextLimit | None = None,
+    languages: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     """The records that a training source can use.
 
     Left out are broken lines, repeated ids, records that lack a needed field or its file, and records without a text
-    that is neither empty nor too long; of several texts the good ones remain.
+    that is neither empty nor too long nor in another language; of several texts the good ones remain.
 
     Raises:
         UserError: more are rejected than allowed.
@@ -36,7 +37,7 @@ def usable_records(
         if item.record is not None:
             problem = repeated_id(item, seen) or unusable(item.record, needs)
         if item.record is not None and problem is None and "text" in needs:
-            item.record, problem = with_usable_texts(item.record, text_limit)
+            item.record, problem = with_usable_texts(item.record, text_limit, languages)
         if item.record is not None and problem is None:
             good.append(item.record)
         else:
@@ -57,18 +58,22 @@ def unusable(record: dict[str, Any], needs: Collection[str]) -> str | None:
     return problem
 
 
-def with_usable_texts(record: dict[str, Any], limit: TextLimit | None) -> tuple[dict[str, Any], str | None]:
+def with_usable_texts(
+    record: dict[str, Any], limit: TextLimit | None, languages: Sequence[str] | None = None
+) -> tuple[dict[str, Any], str | None]:
     """The record with its good texts only, and why none is left where none is."""
-    captions = captions_of(record)
+    captions = captions_of(record, languages)
+    if not captions:
+        return record, f"no text in {' or '.join(languages)}" if languages else "empty text"
     reasons = [_text_problem(text, limit) for _, text in captions]
     kept = [c for c, reason in zip(captions, reasons, strict=True) if reason is None]
     if not kept:
         return record, next((r for r in reasons if r), "empty text")
-    if len(kept) == len(captions):
+    if len(kept) == len(captions_of(record)):
         return record, None
     if any(language for language, _ in kept):
-        languages = dict.fromkeys(language for language, _ in kept)
-        return {**record, "text": {key: [t for k, t in kept if k == key] for key in languages}}, None
+        remain = dict.fromkeys(language for language, _ in kept)
+        return {**record, "text": {key: [t for k, t in kept if k == key] for key in remain}}, None
     return {**record, "text": [t for _, t in kept]}, None
 
 

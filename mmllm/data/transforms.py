@@ -1,4 +1,4 @@
-"""Augmentations of records with loaded media: pictures together with their boxes, waves, and words.
+"""Transforms of records with loaded media: pictures together with their boxes, waves, and words.
 
 Each is a ``Transform``: an item ``{"image": PIL RGB, "boxes", "audio": wave [T], "text": str}`` and a generator in, a
 new item out; fields that are missing are left alone. Log-mel features have their own in ``mmllm.blocks.augment``.
@@ -38,6 +38,7 @@ def build_transforms(specs: Sequence[str | dict[str, Any]], where: object = "tra
             if key not in valid:
                 raise unknown("option", key, valid, f"transform '{name}'")
         made.append(cls(**options))
+        made[-1].name = name
     return Chain(made)
 
 
@@ -46,6 +47,7 @@ class Chain(Transform):
 
     def __init__(self, transforms: Sequence[Transform]):
         self.transforms = list(transforms)
+        self.fields = {t.field for t in transforms}
 
     def __call__(self, item: Item, rng: np.random.Generator) -> Item:
         for transform in self.transforms:
@@ -66,6 +68,8 @@ class RandomResizedCrop(Transform):
         ratio: narrowest and widest proportion of width to height.
         keep: a box of which a smaller share remains in the part is dropped.
     """
+
+    field = "image"
 
     def __init__(
         self,
@@ -106,6 +110,8 @@ class RandomResizedCrop(Transform):
 class HorizontalFlip(Transform):
     """Mirrors picture and boxes; not where ``meta.nomirror`` says that left and right matter."""
 
+    field = "image"
+
     def __init__(self, p: float = 0.5):
         self.p = p
 
@@ -124,6 +130,8 @@ class HorizontalFlip(Transform):
 class ColourJitter(Transform):
     """Colours, brightness, contrast, grey and blur (``jitter_picture``); geometry stays."""
 
+    field = "image"
+
     def __call__(self, item: Item, rng: np.random.Generator) -> Item:
         return {**item, "image": jitter_picture(item["image"], rng)} if "image" in item else item
 
@@ -134,6 +142,8 @@ class ColourJitter(Transform):
 @register("transform", "wave_crop")
 class WaveCrop(Transform):
     """A random stretch of ``samples`` samples; a shorter sound is put at a random place in silence."""
+
+    field = "audio"
 
     def __init__(self, samples: int):
         self.samples = samples
@@ -152,6 +162,8 @@ class WaveCrop(Transform):
 class WaveGain(Transform):
     """Louder or softer by up to ``decibels``, and never beyond full scale."""
 
+    field = "audio"
+
     def __init__(self, decibels: float = 6.0):
         self.decibels = decibels
 
@@ -166,6 +178,8 @@ class WaveGain(Transform):
 @register("transform", "wave_noise")
 class WaveNoise(Transform):
     """White noise at a signal-to-noise ratio drawn between the two of ``decibels``."""
+
+    field = "audio"
 
     def __init__(self, decibels: Sequence[float] = (10.0, 40.0)):
         self.decibels = decibels
@@ -186,6 +200,8 @@ class WaveNoise(Transform):
 class WordDropout(Transform):
     """Leaves each word out with probability ``p`` (arXiv 1901.11196); at least one remains."""
 
+    field = "text"
+
     def __init__(self, p: float = 0.1):
         self.p = p
 
@@ -201,6 +217,8 @@ class WordDropout(Transform):
 @register("transform", "random_sentence")
 class RandomSentence(Transform):
     """One sentence of a longer text, with probability ``p``."""
+
+    field = "text"
 
     def __init__(self, p: float = 1.0):
         self.p = p

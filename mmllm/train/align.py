@@ -5,12 +5,15 @@ from __future__ import annotations
 import inspect
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from mmllm.align.config import (
+    Data,
+    DataConfig,
     FeatureConfig,
     MeasureConfig,
     PhaseConfig,
@@ -36,6 +39,7 @@ class AlignConfig(StrictModel):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     streams: dict[str, StreamConfig]
     words: str | None = None
+    data: DataConfig = Field(default_factory=DataConfig)
     features: FeatureConfig = Field(default_factory=FeatureConfig)
     train: TrainSection = Field(default_factory=TrainSection)
     phases: dict[str, PhaseConfig]
@@ -81,11 +85,13 @@ class AlignStage:
         import torch
         from transformers import set_seed
 
-        from mmllm.align.source import FrozenFeatures, feature_dtype
+        from mmllm.align.frozen import FrozenFeatures, feature_dtype
         from mmllm.blocks.compute import fast_dtype
         from mmllm.data.features import FeatureCache
+        from mmllm.data.loader import loader_plan
         from mmllm.data.models import resolve_dataset
-        from mmllm.train.launch import set_threads
+        from mmllm.data.rejected import Rejected
+        from mmllm.train.launch import available_cores, local_processes, rank, set_threads
 
         set_threads(config.train.threads)
         set_seed(config.train.seed)
@@ -95,7 +101,11 @@ class AlignStage:
         self.model = self._make_model()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = feature_dtype(config.features.dtype, self.device)
-        self.frozen = FrozenFeatures(FeatureCache(), dtype, self.device, config.features.batch_size)
+        plan = loader_plan(self.device.type, available_cores(), local_processes())
+        self.workers = config.data.workers or plan.workers
+        self.frozen = FrozenFeatures(FeatureCache(), dtype, self.device, config.features.batch_size, self.workers)
+        listed = "rejected.jsonl" if rank() == 0 else f"rejected-{rank()}.jsonl"
+        self.rejected = Rejected(run.path / listed if run is not None else None, config.data.max_rejected)
         self.vocabularies: dict[str, dict[str, Any]] = {}
         self.vocabulary_names: dict[str, list[str]] = {}
         self.train_dtype = fast_dtype(self.device) if config.dtype == "auto" else getattr(torch, config.dtype)
@@ -114,16 +124,12 @@ class AlignStage:
     def _make_model(self) -> Any:
         from mmllm.align.model import AlignModel, ProjectionHead
         from mmllm.connectors import build_connector
-        from mmllm.data.models import resolve_model
-        from mmllm.towers import load_tower
 
         towers: dict[str, Any] = {}
         for name, stream in self.config.streams.items():
             if stream.tower is None:
                 continue
-            spec = {"model": stream.tower} if isinstance(stream.tower, str) else dict(stream.tower)
-            spec["model"] = resolve_model(str(spec.get("model", "")), offline=self.offline)
-            towers[name] = load_tower(spec, stream.modality)
+            towers[name] = load_stream_tower(self.config, name, self.offline)
             if stream.image_size and hasattr(towers[name], "image_size"):
                 towers[name].image_size = stream.image_size
         tower_of = {n: s.tower_of or n for n, s in self.config.streams.items()}
@@ -156,13 +162,24 @@ class AlignStage:
 
     # ---- phases ----
 
-    def records(self, data: str | list[str]) -> list[dict[str, Any]]:
-        """The records of one or several files of the dataset."""
-        from mmllm.data.records import read_records
+    def located(self, data: Data | list[str]) -> Iterator[Any]:
+        """The records of one or several files of the dataset with their places; see ``located_records``."""
+        from mmllm.data.open import located_records
 
+        for source in data if isinstance(data, list) else [data]:
+            yield from located_records(source, root=self.folder)
+
+    def records(self, data: Data | list[str]) -> list[dict[str, Any]]:
+        """The records of one or several files of the dataset.
+
+        Raises:
+            UserError: something that is no record.
+        """
         out = []
-        for name in [data] if isinstance(data, str) else data:
-            out += read_records(self.folder / name)
+        for item in self.located(data):
+            if item.record is None:
+                raise UserError(item.problem, item.where)
+            out.append(item.record)
         return out
 
     def objectives(self, phase: PhaseConfig) -> tuple[list[Any], list[Any]]:
@@ -263,10 +280,11 @@ class AlignStage:
         groups = self.groups(phase, step)
         training = {s for s in self.config.streams if f"{self.model.tower_of[s]}.tower" in self.model.active}
         size = int(phase.train.get("per_device_train_batch_size", self.config.train.per_device_train_batch_size))
+        contrasts = {s for o, t in zip(objectives, terms) if hasattr(o, "pair") for s in t.sources}
         needs_words = {s for o, t in zip(objectives, terms) if "vocabulary" in o.needs for s in t.sources}
         sources = {}
         for i, (name, spec) in enumerate(phase.sources.items()):
-            sources[name] = self._source(name, spec, want[name], training, number * 16 + i, size)
+            sources[name] = self._source(name, spec, want[name], training, number * 16 + i, size, name in contrasts)
             if name in needs_words:
                 held = self.vocabulary(name, sources[name].records, sources[name].labels)
                 step.vocabularies[name] = held
@@ -290,20 +308,42 @@ class AlignStage:
         return summary
 
     def _source(
-        self, name: str, spec: SourceConfig, want: dict[str, set[str]], training: set[str], number: int, size: int
+        self,
+        name: str,
+        spec: SourceConfig,
+        want: dict[str, set[str]],
+        training: set[str],
+        number: int,
+        size: int,
+        contrasts: bool,
     ) -> Any:
-        from mmllm.align.source import AlignSource
+        from mmllm.align.source import AlignSource, source_needs
+        from mmllm.data.screen import usable_records
 
-        records = self.records(spec.data)
+        needs, limit = source_needs(spec, self.model, self.config.data.long_text)
+        records = usable_records(self.located(spec.data), name, self.rejected, needs, limit, spec.languages)
         self.notice(f"source '{name}': {len(records):,} records")
         began = time.monotonic()
         source = AlignSource(
             name, spec, records, self.model, want, training, self.frozen, self.config.train.seed, number, size,
-            progress=Counter(name),
+            progress=Counter(name), contrasts=contrasts, rejected=self.rejected, workers=self.workers,
         )  # fmt: skip
+        if count := self.rejected.count(name):
+            self.notice(f"source '{name}': {count:,} items left out, listed in {self.rejected.path}")
         if (spent := time.monotonic() - began) > 1:
             self.notice(f"source '{name}': ready after {spent:.0f} s")
         return source
+
+
+def load_stream_tower(config: AlignConfig, name: str, offline: bool = False) -> Any:
+    """The tower of a stream that has one of its own."""
+    from mmllm.data.models import resolve_model
+    from mmllm.towers import load_tower
+
+    stream = config.streams[name]
+    spec = {"model": stream.tower} if isinstance(stream.tower, str) else dict(stream.tower or {})
+    spec["model"] = resolve_model(str(spec.get("model", "")), offline=offline)
+    return load_tower(spec, stream.modality)
 
 
 class Counter:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmllm.align.source import FrozenFeatures, feature_dtype
+from mmllm.align.frozen import FrozenFeatures, feature_dtype
 from mmllm.data.chat_batches import record_media
 from mmllm.data.features import FeatureCache
 from mmllm.errors import UserError

@@ -42,6 +42,11 @@ def available_cores() -> int:
     return cores
 
 
+def local_processes() -> int:
+    """Processes of this training on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def set_threads(threads: int | None = None) -> int:
     """Sets torch's thread count explicitly and returns it.
 
@@ -53,9 +58,8 @@ def set_threads(threads: int | None = None) -> int:
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if threads is None:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         set_by_user = os.environ.get("OMP_NUM_THREADS", "")
-        threads = int(set_by_user) if set_by_user.isdigit() else max(1, available_cores() // local)
+        threads = int(set_by_user) if set_by_user.isdigit() else max(1, available_cores() // local_processes())
     import torch
 
     torch.set_num_threads(threads)

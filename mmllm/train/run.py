@@ -24,6 +24,7 @@ from mmllm.train.launch import available_cores, is_main, world_size
 
 # Keys that may differ between a run and its resumption: they change what is written, not what is computed.
 FREE_ON_RESUME = frozenset({"logging_steps", "save_steps", "save_total_limit", "report_to", "run_name", "prefetch"})
+REJECTED = "rejected*.jsonl"
 
 
 def describe_machine() -> str:
@@ -162,7 +163,7 @@ class RunFolder:
             raise UserError("not a folder", path, "give another --out")
         if (path / "run.json").exists():
             run._adopt(config, resume)
-        elif path.is_dir() and any(path.iterdir()):
+        elif path.is_dir() and any(not p.match(REJECTED) for p in path.iterdir()):
             raise UserError("this folder holds something else, not a run", path, "give another --out")
         try:
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -258,13 +259,22 @@ class RunFolder:
 
     @contextlib.contextmanager
     def begun(self) -> Iterator[None]:
-        """Within, a user's mistake that shows before anything was trained takes the new folder away again."""
+        """Within, a user's mistake that shows before anything was trained takes the new folder away again.
+
+        A list of rejected items stays: it is what the user needs to mend the data.
+        """
         try:
             yield
         except UserError:
             unused = not self.resumed and not self.metrics_file.exists() and self.path.is_dir()
             if is_main() and unused and not any(self.checkpoints().rglob("checkpoint-*")):
-                shutil.rmtree(self.path)
+                for entry in self.path.iterdir():
+                    if entry.is_dir():
+                        shutil.rmtree(entry)
+                    elif not entry.match(REJECTED):
+                        entry.unlink()
+                if not any(self.path.iterdir()):
+                    self.path.rmdir()
             raise
 
     @contextlib.contextmanager

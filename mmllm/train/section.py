@@ -45,8 +45,8 @@ class TrainSection(StrictModel):
         max_steps: optimizer steps of the run (of a phase, where a stage has several); None: from num_train_epochs.
         learning_rate: the base rate; a parameter group may bring its own, scheduled in the same proportion.
         warmup_steps: a number of steps, or a fraction of all steps when below 1.
-        prefetch: batches made ahead by a background thread; 0 makes them in the training thread. None: 2 beside a GPU,
-            0 on a CPU, where a second thread with its own OpenMP team slows the training thread.
+        prefetch: batches made ahead by a background thread; 0 makes them in the training thread. None: 2 or 4 beside a
+            GPU (``loader_plan``), 0 on a CPU, where a second thread with its own OpenMP team slows the training thread.
         threads: CPU threads of each process; None: the cores this process may use, shared between local processes.
     """
 

@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from mmllm.contracts import Objective, StepHook
+from mmllm.data.loader import loader_plan
 from mmllm.errors import UserError
 from mmllm.train.batches import BatchFn, StepBatches
-from mmllm.train.launch import is_main, set_threads
+from mmllm.train.launch import available_cores, is_main, local_processes, set_threads
 from mmllm.train.params import ParamGroup, as_groups, print_trainable
 from mmllm.train.progress import MetricsLog, ProgressReport
 from mmllm.train.run import RunFolder, publish_folder
@@ -148,7 +149,7 @@ class MMTrainer(Trainer):
         a = self.args
         prefetch = self.section.prefetch
         if prefetch is None:
-            prefetch = 0 if a.device.type == "cpu" else 2
+            prefetch = loader_plan(a.device.type, available_cores(), local_processes()).prefetch
         self._batches = StepBatches(self.batch_fn, length, a.process_index, a.world_size, prefetch)
         # A batch sampler of single numbers lets a resumed run skip by number, without making the skipped batches.
         return DataLoader(self._batches, batch_sampler=[[i] for i in range(length)], collate_fn=itemgetter(0))

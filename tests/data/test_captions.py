@@ -1,4 +1,4 @@
-"""Captions: every form of text, the four choices among them, and a batch of tokens cut to its longest text."""
+"""Captions: every form of text, and the four choices among them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import torch
 
-from mmllm.blocks.trim import trim_text
 from mmllm.data.captions import CaptionSampler, captions_of
 from mmllm.errors import UserError
 
@@ -43,18 +41,3 @@ def test_random_is_even_and_repeats():
     assert all(abs(n - 1000) < 100 for n in Counter(draw(1)).values())
     with pytest.raises(UserError, match="did you mean 'round_robin'"):
         CaptionSampler("round-robin")  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_trim_keeps_every_real_token(side):
-    lengths = torch.tensor([3, 5, 1])
-    places = torch.arange(12)
-    mask = (places < lengths[:, None]) if side == "right" else (places >= 12 - lengths[:, None])
-    ids = torch.arange(36).view(3, 12)
-    inputs = {"input_ids": ids, "attention_mask": mask.long(), "other": torch.zeros(3)}
-    for multiple, width in ((1, 5), (4, 8), (16, 12)):
-        out = trim_text(inputs, multiple)
-        assert out["input_ids"].shape == out["attention_mask"].shape == (3, width) and out["other"].shape == (3,)
-        assert torch.equal(out["input_ids"][out["attention_mask"].bool()], ids[mask])
-    empty = {"attention_mask": torch.zeros(2, 4)}
-    assert trim_text(empty) is empty

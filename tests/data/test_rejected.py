@@ -41,7 +41,14 @@ def test_screening_keeps_what_can_be_used_and_lists_the_rest(file, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
     assert rows == rejected.rows and rejected.count() == rejected.count("pairs") == 6 and rejected.count("x") == 0
     assert [r["where"] for r in rows] == [f"{file}:{n}" for n in range(23, 29)]
-    reasons = ("already on line 1", "no image", "no such file", "6 words is longer than 4", "empty text", "not valid JSON")
+    reasons = (
+        "already on line 1",
+        "no image",
+        "no such file",
+        "6 words is longer than 4",
+        "empty text",
+        "not valid JSON",
+    )
     assert all(words in r["why"] for words, r in zip(reasons, rows, strict=True))
 
 

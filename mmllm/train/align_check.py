@@ -1,0 +1,51 @@
+"""Checks all data of an align config before anything is trained: `mmllm data check CONFIG.yaml`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmllm.config import load_config
+from mmllm.train.align import AlignConfig
+
+
+def check_config(path: str | Path, overrides: Sequence[str] = (), limit: int | None = None) -> tuple[int, list[str]]:
+    """Looks at every record that the sources of an align config read.
+
+    Each is checked for what the source's streams need and for the texts that its text towers take; a file that several
+    sources read is checked for all of them together.
+
+    Returns:
+        the number of records, and one line "file:line: what is wrong" for every problem.
+
+    Raises:
+        UserError: the config, a tower or a data file.
+    """
+    from mmllm.align.reading import FIELD
+    from mmllm.align.source import tightest_limit
+    from mmllm.data.check import check_file
+    from mmllm.data.models import resolve_dataset
+    from mmllm.data.open import DataSpec, as_spec
+    from mmllm.train.align import load_stream_tower
+
+    config = load_config(path, list(overrides), AlignConfig)
+    folder = Path(resolve_dataset(config.dataset))
+    towers = {}
+    found: dict[str, tuple[DataSpec, set[str], set[str]]] = {}
+    for phase in config.phases.values():
+        for source in phase.sources.values():
+            for data in source.data if isinstance(source.data, list) else [source.data]:
+                spec = as_spec(data)
+                _, fields, texts = found.setdefault(spec.model_dump_json(), (spec, set(), set()))
+                for name in source.streams:
+                    stream = config.streams[name]
+                    fields.add(FIELD[stream.modality])
+                    texts |= {stream.tower_of or name} if stream.modality == "text" else set()
+    records, problems = 0, []
+    for spec, fields, texts in found.values():
+        if config.data.long_text == "skip":
+            towers |= {t: load_stream_tower(config, t) for t in texts if t not in towers}
+        limit_of = tightest_limit([towers[t] for t in sorted(texts) if t in towers])
+        count, lines = check_file(spec, limit, sorted(fields), limit_of, root=folder)
+        records, problems = records + count, problems + lines
+    return records, problems
