@@ -68,15 +68,19 @@ def retrieval_metrics(sim: Tensor, positives: Any, ks: Sequence[int] = (1, 5)) -
 
 def chance_recall(mask: Tensor, k: int) -> float:
     """Expected recall at k of a random ranking for a [Q, G] mask of positives, with ``ranks``' rule for positives."""
-    gallery = mask.shape[1]
+    return chance_recall_of(mask.sum(1).tolist(), mask.shape[1], k)
+
+
+def chance_recall_of(counts: Sequence[int], gallery: int, k: int) -> float:
+    """As ``chance_recall``, from the number of positives of each query."""
     total = 0.0
-    for p in mask.sum(1).tolist():
+    for p in counts:
         # No positive among the first k: product over the draws of (negatives left / items left).
         miss = 1.0
         for i in range(min(k, gallery)):
             miss *= max(gallery - p - i, 0) / (gallery - i)
         total += 1 - miss
-    return total / max(len(mask), 1)
+    return total / max(len(counts), 1)
 
 
 def retrieval_figures(
