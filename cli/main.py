@@ -18,6 +18,8 @@ COMMANDS = {
     "tune": "Tune connector and LLM (LoRA) on conversations and boxes.",
     "chat": "Talk with a trained model about pictures and sounds.",
     "eval": "Measure a model, with intervals and controls.",
+    "embed": "Embed a folder or records file with an align run.",
+    "search": "Find the items nearest to a text, a picture or a sound.",
     "serve": "Serve a model through vLLM (OpenAI API).",
     "export": "Write a trained run as a complete Hugging Face folder.",
     "data": "Build, check and preview data.",

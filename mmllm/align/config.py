@@ -124,22 +124,37 @@ class PhaseConfig(StrictModel):
 
 
 class MeasureConfig(StrictModel):
-    """One measurement at the end: ``retrieval`` over a pair of streams, ``zero_shot``, or ``regions``.
+    """One measurement at the end.
 
     Attributes:
         name: the key under ``measures`` and the name of the figures, such as ``retrieval_new_concept``.
-        kind: retrieval (names as gallery), zero_shot (classes from ``meta.FIELD``), regions (word at the cell).
+        kind: retrieval (names as gallery), zero_shot (classes from ``meta.FIELD``), regions (word at the cell), pairs
+            (retrieval of items between every two of the streams, each text an item), geometry (gap, alignment,
+            uniformity, CKA and effective rank of every two streams), probe (k-NN and linear, classes from ``FIELD``).
         data: records file or files, relative to ``dataset``.
         streams: query and text stream (for regions the picture stream and the words stream).
-        field: of ``meta``, for zero_shot.
+        field: of ``meta`` (or of the record itself), for zero_shot and probe.
+        templates: of zero_shot's prompts; ``{}`` is the class.
+        train: records of the training part, for probe.
     """
 
     name: str = ""
-    kind: Literal["retrieval", "zero_shot", "regions"]
+    kind: Literal["retrieval", "zero_shot", "regions", "pairs", "geometry", "probe"]
     data: str | list[str]
     streams: list[str]
     field: str = "subgroup"
+    templates: list[str] = ["a kind of {}"]
+    train: str | list[str] | None = None
     image_size: int | None = None
+
+    @model_validator(mode="after")
+    def _has_what_it_needs(self) -> MeasureConfig:
+        least = 1 if self.kind == "probe" else 2
+        if len(self.streams) < least:
+            raise UserError(f"measure '{self.name}' needs {least} streams", "streams")
+        if self.kind == "probe" and self.train is None:
+            raise UserError(f"measure '{self.name}' needs 'train'", do="name the records that the probe is fitted to")
+        return self
 
 
 class DataConfig(StrictModel):

@@ -99,7 +99,8 @@ def probe_figures(
 ) -> list[Figure]:
     """``NAME_knn`` and ``NAME_linear``: accuracy on ``test`` (rows, labels) of what was fitted to ``train``.
 
-    Chance is always naming the largest class; the control is trained on shuffled labels. Test rows of a class without training rows are left out.
+    Chance is always naming the largest class; the control is fitted to shuffled labels. Test rows of a class without
+    training rows are left out.
 
     Raises:
         UserError: fewer than two classes to train on, or nothing to test.

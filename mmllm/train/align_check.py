@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from mmllm.config import load_config
+from mmllm.data.models import resolve_dataset
 from mmllm.train.align import AlignConfig
 
 
 def check_config(path: str | Path, overrides: Sequence[str] = (), limit: int | None = None) -> tuple[int, list[str]]:
-    """Looks at every record that the sources of an align config read.
+    """Looks at every record that the sources and measures of an align config read.
 
-    Each is checked for what the source's streams need and for the texts that its text towers take; a file that several
-    sources read is checked for all of them together.
+    Each is checked for what its streams need and for the texts that its text towers take; a file that several of them
+    read is checked for all together.
 
     Returns:
         the number of records, and one line "file:line: what is wrong" for every problem.
@@ -24,7 +26,6 @@ def check_config(path: str | Path, overrides: Sequence[str] = (), limit: int | N
     from mmllm.align.reading import FIELD
     from mmllm.align.source import tightest_limit
     from mmllm.data.check import check_file
-    from mmllm.data.models import resolve_dataset
     from mmllm.data.open import DataSpec, as_spec
     from mmllm.train.align import load_stream_tower
 
@@ -32,15 +33,14 @@ def check_config(path: str | Path, overrides: Sequence[str] = (), limit: int | N
     folder = Path(resolve_dataset(config.dataset))
     towers = {}
     found: dict[str, tuple[DataSpec, set[str], set[str]]] = {}
-    for phase in config.phases.values():
-        for source in phase.sources.values():
-            for data in source.data if isinstance(source.data, list) else [source.data]:
-                spec = as_spec(data)
-                _, fields, texts = found.setdefault(spec.model_dump_json(), (spec, set(), set()))
-                for name in source.streams:
-                    stream = config.streams[name]
-                    fields.add(FIELD[stream.modality])
-                    texts |= {stream.tower_of or name} if stream.modality == "text" else set()
+    for data, streams in readers(config):
+        for one in data if isinstance(data, list) else [data]:
+            spec = as_spec(one)
+            _, fields, texts = found.setdefault(spec.model_dump_json(), (spec, set(), set()))
+            for name in streams:
+                stream = config.streams[name]
+                fields.add(FIELD[stream.modality])
+                texts |= {stream.tower_of or name} if stream.modality == "text" else set()
     records, problems = 0, []
     for spec, fields, texts in found.values():
         if config.data.long_text == "skip":
@@ -49,3 +49,16 @@ def check_config(path: str | Path, overrides: Sequence[str] = (), limit: int | N
         count, lines = check_file(spec, limit, sorted(fields), limit_of, root=folder)
         records, problems = records + count, problems + lines
     return records, problems
+
+
+def readers(config: AlignConfig) -> Iterator[tuple[Any, list[str]]]:
+    """(data, streams that need it) of every source, and of every measure whose file is there."""
+    for phase in config.phases.values():
+        for source in phase.sources.values():
+            yield source.data, source.streams
+    folder = Path(resolve_dataset(config.dataset))
+    for measure in config.measures.values():
+        files = [measure.data] if isinstance(measure.data, str) else measure.data
+        # Regions are judged against words of the vocabulary; of pairs a record may lack any half.
+        needed = {"regions": measure.streams[:1], "pairs": [], "geometry": []}.get(measure.kind, measure.streams)
+        yield [f for f in files if (folder / f).is_file()], needed

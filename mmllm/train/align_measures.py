@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,9 +11,14 @@ from torch import Tensor
 
 from mmllm.align.config import MeasureConfig, SourceConfig
 from mmllm.align.objectives import centre_cell
+from mmllm.align.reading import FIELD
 from mmllm.align.source import texts_of
+from mmllm.evaluate.geometry import geometry_figures
+from mmllm.evaluate.probes import probe_figures
+from mmllm.evaluate.ranking import pair_figures
 from mmllm.evaluate.retrieval import retrieval_figures, zero_shot_figure
 from mmllm.evaluate.stats import derangement, mean_interval
+from mmllm.evaluate.zero_shot import embed_classes
 from mmllm.report.figures import Figure
 
 if TYPE_CHECKING:
@@ -31,18 +37,16 @@ def measure_all(stage: AlignStage) -> list[Figure]:
         if not records:
             out.append(Figure(measure.name, None, note="no data: " + ", ".join(files)))
             continue
-        out += {"retrieval": retrieval, "zero_shot": zero_shot, "regions": regions}[measure.kind](
-            stage, measure, records
-        )
+        out += KINDS[measure.kind](stage, measure, records)
     return out
 
 
 @torch.no_grad()
 def plain_embeddings(
-    stage: AlignStage, measure: MeasureConfig, records: list[dict[str, Any]], kind: str
+    stage: AlignStage, measure: MeasureConfig, records: list[dict[str, Any]], kind: str, stream: str | None = None
 ) -> tuple[Tensor, Tensor | None, Any]:
-    """Unaugmented embeddings of the query stream: [N, P], or tokens [N, M, D] with their grid."""
-    stream = measure.streams[0]
+    """Unaugmented embeddings of a stream (the query stream): [N, P], or tokens [N, M, D] with their grid."""
+    stream = measure.streams[0] if stream is None else stream
     tower = stage.model.tower(stream)
     augment = augment_of(stage, stream) if tower.modality == "vision" else "none"
     field = "tokens" if kind == "token_embedding" else "pooled"
@@ -104,17 +108,69 @@ def retrieval(stage: AlignStage, measure: MeasureConfig, records: list[dict[str,
 
 
 def zero_shot(stage: AlignStage, measure: MeasureConfig, records: list[dict[str, Any]]) -> list[Figure]:
-    """Class of ``meta.FIELD`` among all classes of these records, asked as "a kind of CLASS"."""
-    records = [r for r in records if (r.get("meta") or {}).get(measure.field)]
-    classes = sorted({str(r["meta"][measure.field]) for r in records})
+    """Class of ``meta.FIELD`` among all classes of these records, asked by the measure's templates."""
+    records = [r for r in records if class_of(r, measure.field)]
+    classes = sorted({class_of(r, measure.field) for r in records})
     if len(classes) < 2:
         return [Figure(measure.name, None, note=f"fewer than two classes in meta.{measure.field}")]
     query, _, _ = plain_embeddings(stage, measure, records, "embedding")
-    prompts = [[f"a kind of {c}"] for c in classes]
-    text = text_embeddings(stage, measure.streams[1], prompts)
-    truth = [classes.index(str(r["meta"][measure.field])) for r in records]
+    stream = measure.streams[1]
+    text = embed_classes(lambda x: text_embeddings(stage, stream, [[t] for t in x]), classes, measure.templates)
+    truth = [classes.index(class_of(r, measure.field)) for r in records]
     clusters = [str(r.get("group") or r.get("label")) for r in records]
     return [zero_shot_figure(measure.name, query @ text.T, truth, clusters=clusters)]
+
+
+def class_of(record: dict[str, Any], field: str) -> str:
+    """``meta.FIELD`` of a record, or its own field of that name; empty where it has neither."""
+    value = (record.get("meta") or {}).get(field, record.get(field))
+    return "" if value is None else str(value)
+
+
+def stream_rows(
+    stage: AlignStage, measure: MeasureConfig, stream: str, records: list[dict[str, Any]]
+) -> tuple[Tensor, list[int]]:
+    """Embeddings of a stream, and the record number of each row: a row for each text, none where a record has none."""
+    field = FIELD[stage.model.tower(stream).modality]
+    rows = [(i, t) for i, r in enumerate(records) for t in (texts_of(r) if field == "text" else [r.get(field)]) if t]
+    held = [i for i, _ in rows]
+    if not rows:
+        return torch.empty(0, stage.model.embedding_dim), held
+    if field == "text":
+        return text_embeddings(stage, stream, [[t] for _, t in rows]), held
+    return plain_embeddings(stage, measure, [records[i] for i in held], "embedding", stream)[0], held
+
+
+def pairs(stage: AlignStage, measure: MeasureConfig, records: list[dict[str, Any]]) -> list[Figure]:
+    """Retrieval of the other half of each record, for every ordered pair of the measure's streams."""
+    found = {s: stream_rows(stage, measure, s, records) for s in measure.streams}
+    embeddings, keys = {s: rows for s, (rows, _) in found.items()}, {s: held for s, (_, held) in found.items()}
+    return pair_figures(measure.name, embeddings, keys)
+
+
+def geometry(stage: AlignStage, measure: MeasureConfig, records: list[dict[str, Any]]) -> list[Figure]:
+    """How every two of the measure's streams lie to each other, over the records that have both (first texts)."""
+    out: list[Figure] = []
+    for a, b in combinations(measure.streams, 2):
+        fields = [FIELD[stage.model.tower(s).modality] for s in (a, b)]
+        both = [{**r, "text": texts_of(r)[:1]} for r in records if all(r.get(f) or f == "text" for f in fields)]
+        x, y = (stream_rows(stage, measure, s, both)[0] for s in (a, b))
+        if len(both) < 2 or len(x) != len(y):
+            out.append(Figure(f"{measure.name}_{a}_{b}_gap", None, note="no records with both"))
+        else:
+            out += geometry_figures(measure.name, a, b, x, y)
+    return out
+
+
+def probe(stage: AlignStage, measure: MeasureConfig, records: list[dict[str, Any]]) -> list[Figure]:
+    """k-NN and linear probe of the first stream's embeddings for the classes of ``FIELD``."""
+    assert measure.train is not None
+    sides = []
+    for part in (stage.records(measure.train), records):
+        labelled = [r for r in part if class_of(r, measure.field)]
+        rows, held = stream_rows(stage, measure, measure.streams[0], labelled)
+        sides.append((rows, [class_of(labelled[i], measure.field) for i in held]))
+    return probe_figures(measure.name, sides[0], sides[1])
 
 
 def regions(stage: AlignStage, measure: MeasureConfig, records: list[dict[str, Any]]) -> list[Figure]:
@@ -150,3 +206,13 @@ def regions(stage: AlignStage, measure: MeasureConfig, records: list[dict[str, A
     figure = Figure(measure.name, value, "higher", low, high, len(hits), "fraction", c, c_low, c_high, 1 / len(index))
     figure.note = f"{len(index)} words"
     return [figure]
+
+
+KINDS = {
+    "retrieval": retrieval,
+    "zero_shot": zero_shot,
+    "regions": regions,
+    "pairs": pairs,
+    "geometry": geometry,
+    "probe": probe,
+}

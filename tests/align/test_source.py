@@ -301,8 +301,8 @@ def test_data_check_of_a_config(settings, broken, tmp_path):
     records, problems = check_config(tmp_path / "c.yaml")
     where = [p.split(": ")[0].rsplit("/", 1)[1] for p in problems]
     assert where == ["things.jsonl:4", "things.jsonl:33", "things.jsonl:33", "things.jsonl:34", "sounds.jsonl:4"]
-    # The scenes are read for their pictures alone, the sounds of both phases once.
-    assert records == 34 + 32 + 32
+    # The scenes are read for their pictures alone, the sounds of both phases once; and the measures' 3 x 16 items.
+    assert records == 34 + 32 + 32 + 48
     told = CliRunner().invoke(command, ["check", str(tmp_path / "c.yaml"), "data.long_text=cut"])
     assert told.exit_code == 2 and f"{records} records, 4 problems" in told.output
 
