@@ -126,7 +126,7 @@ class AlignSource:
         self.texts: dict[str, Tensor] = {}
         self.grids: dict[str, tuple[int, int, int] | None] = {}
         self.image_size: dict[str, int | None] = {}
-        self.live_streams: list[str] = []
+        self.processors: dict[str, Any] = {}  # of live streams; a tower reads its own from disk at every call
         self._check_transforms(training)
         bad: dict[int, UserError] = {}
         for stream in config.streams:
@@ -149,7 +149,7 @@ class AlignSource:
             elif tower.modality == "audio" and "audio" not in self.transforms.fields:
                 self.raw[stream] = self._read_sounds(tower, progress, bad)
             else:
-                self.live_streams.append(stream)
+                self.processors[stream] = tower.preprocessor()
         for item, error in bad.items():
             self._reject(item, error)
         self.usable = [i for i in range(len(records)) if i not in bad]
@@ -160,7 +160,10 @@ class AlignSource:
         self.sampler(self.batch_size)  # its mistakes show before the first step
 
     def _check_transforms(self, training: set[str]) -> None:
-        """Raises UserError for a transform of something that no training tower of this source reads."""
+        """Raises UserError for a transform of something that no training tower of this source reads, or of cut-outs."""
+        if self.config.augment == "cutout" and "image" in self.transforms.fields:
+            do = "choose augment: none, or leave the picture transforms out"
+            raise UserError("augment: cutout and picture transforms exclude each other", f"source '{self.name}'", do)
         read = {FIELD[self.model.tower(s).modality] for s in self.config.streams if s in training}
         for transform in self.transforms.transforms:
             if transform.field and transform.field not in read:
@@ -242,7 +245,7 @@ class AlignSource:
         chosen, rng = self.choose(step, rank, world)
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         items: list[dict[str, Any]] = []
-        if self.live_streams:
+        if self.processors:
             spare = np.random.default_rng((self.seed, self.number, step, rank, 1))
             chosen, items = self.live.load(chosen, rng.integers(2**62, size=len(chosen)).tolist(), spare)
         passes = step * self.batch_size * world // len(self.usable)
@@ -269,10 +272,10 @@ class AlignSource:
                 languages = [language for language, _ in picked]
                 streams[stream] = self._text_batch(stream, [text for _, text in picked], rng, generator)
             elif tower.modality == "audio":
-                inputs = dict(audio_inputs(tower.preprocessor(), [i[stream] for i in items]))
+                inputs = dict(audio_inputs(self.processors[stream], [i[stream] for i in items]))
                 streams[stream] = self._heard(inputs, generator)
             else:
-                processor = tower.preprocessor()
+                processor = self.processors[stream]
                 if hasattr(processor, "image_size"):
                     processor.image_size = self.side(stream)
                 streams[stream] = dict(image_inputs(processor, [i[stream] for i in items]))
@@ -286,8 +289,8 @@ class AlignSource:
         }
 
     def side(self, stream: str) -> int:
-        """The side of a stream's pictures."""
-        return self.image_size[stream] or getattr(self.model.tower(stream).preprocessor(), "image_size", None) or 224
+        """The side of a live stream's pictures."""
+        return self.image_size[stream] or getattr(self.processors[stream], "image_size", None) or 224
 
     def _heard(self, inputs: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
         x = inputs["input_features"].float()
@@ -310,18 +313,17 @@ class AlignSource:
     def _read_item(self, number: int, seed: int) -> dict[str, Any]:
         """The live streams' media of one item, changed by transforms and augmentation, and its boxes."""
         record, rng = self.records[number], np.random.default_rng(seed)
-        towers = {s: self.model.tower(s) for s in self.live_streams}
+        modality = {s: self.model.tower(s).modality for s in self.processors}
         how = self.config.augment
         item: dict[str, Any] = {"boxes": record.get("boxes"), "meta": record.get("meta")}
-        sides = {s: self.side(s) for s, t in towers.items() if t.modality == "vision"}
+        sides = {s: self.side(s) for s, m in modality.items() if m == "vision"}
         if sides:
             # A crop needs the pixels of the whole picture.
-            drafts = [resized_to(towers[s].preprocessor(), side) for s, side in sides.items()]
+            drafts = [resized_to(self.processors[s], side) for s, side in sides.items()]
             item["image"] = open_picture(record, how, None if "image" in self.transforms.fields else max(drafts))
-        sounds = [s for s, t in towers.items() if t.modality == "audio"]
+        sounds = [s for s, m in modality.items() if m == "audio"]
         if sounds:
-            rate = towers[sounds[0]].preprocessor().sampling_rate
-            item["audio"] = load_audio(medium_of(record, "audio"), rate)
+            item["audio"] = load_audio(medium_of(record, "audio"), self.processors[sounds[0]].sampling_rate)
         item = self.transforms(item, rng)
         out: dict[str, Any] = {"boxes": item["boxes"]}
         for stream, side in sides.items():

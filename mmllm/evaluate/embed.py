@@ -39,6 +39,7 @@ class Embedder:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model.to(self.device)
         self.workers = workers
+        self._processors: dict[str, Any] = {}
 
     def streams(self, names: Sequence[str] | None = None) -> dict[str, str]:
         """Stream -> record field of every stream with a head, or of the named ones.
@@ -61,7 +62,9 @@ class Embedder:
         tower = self.model.tower(stream)
         if tower.modality == "text":
             return value
-        processor = tower.preprocessor()
+        if stream not in self._processors:
+            self._processors[stream] = tower.preprocessor()
+        processor = self._processors[stream]
         if tower.modality == "audio":
             return load_audio(value, processor.sampling_rate)
         side = self.model.image_size.get(stream) or getattr(processor, "image_size", None) or 224

@@ -268,6 +268,8 @@ def test_transforms_reach_pictures_boxes_and_texts(settings, world):
         source_of(settings, {"transforms": ["wave_gain"]})
     with pytest.raises(UserError, match="'horizontal_flip' changes .* copies: K"):
         source_of(settings, {"transforms": ["horizontal_flip"]}, trains=set())
+    with pytest.raises(UserError, match="exclude each other"):
+        source_of(settings, {"transforms": ["horizontal_flip"], "augment": "cutout"})
     sounds = source_of(settings, {"transforms": [{"type": "wave_crop", "samples": 2000}]}, "sounds")
     heard = sounds.batch(0)["streams"]["audio"]["feature_attention_mask"].sum(1)
     assert (
