@@ -40,7 +40,7 @@ def command(
 
     Pictures and sounds given with -i and -a stand before the question. In a session, /help lists the commands.
     """
-    from mmllm.decode.spec import parse_spec
+    from mmllm.decode.parse import parse_spec
     from mmllm.errors import UserError
     from mmllm.starter.chat import Chat, answer, talk
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmllm.data.questions import picture_prefix
-from mmllm.decode.spec import DecodeSpec, parse_spec
+from mmllm.decode.parse import parse_spec
+from mmllm.decode.spec import DecodeSpec
 from mmllm.errors import UserError, nearest
 
 if TYPE_CHECKING:

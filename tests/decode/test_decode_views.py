@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 
-from mmllm.decode.spec import RITUAL_TRANSFORMS, View
+from mmllm.decode.ops import op
+from mmllm.decode.presets import RITUAL_TRANSFORMS
 from mmllm.decode.views import alphas_cumprod, change_picture, diffuse, view_seed
 
 
@@ -30,21 +31,21 @@ def test_diffuse_keeps_variance_and_follows_its_seed():
     torch.testing.assert_close(diffuse(x, 0, seed=3), x, atol=0.05, rtol=0)
 
 
-@pytest.mark.parametrize("op", ["hflip", "vflip"])
-def test_flips_undo_themselves(op):
+@pytest.mark.parametrize("name", ["hflip", "vflip"])
+def test_flips_undo_themselves(name):
     image = picture()
-    once = change_picture(View(op, 1.0), image, 0)
+    once = change_picture(op(name), image, 0)
     assert ImageChops.difference(once, image).getbbox() is not None
-    assert ImageChops.difference(change_picture(View(op, 1.0), once, 0), image).getbbox() is None
+    assert ImageChops.difference(change_picture(op(name), once, 0), image).getbbox() is None
 
 
-@pytest.mark.parametrize("op", [*RITUAL_TRANSFORMS, "random"])
-def test_transforms_keep_the_size_and_follow_their_seed(op):
+@pytest.mark.parametrize("name", [*RITUAL_TRANSFORMS, "random"])
+def test_transforms_keep_the_size_and_follow_their_seed(name):
     image = picture()
-    changed = change_picture(View(op, 1.0), image, 5)
+    changed = change_picture(op(name), image, 5)
     assert changed.size == image.size and changed.mode == "RGB"
     assert ImageChops.difference(changed, image).getbbox() is not None
-    assert changed.tobytes() == change_picture(View(op, 1.0), image, 5).tobytes()
+    assert changed.tobytes() == change_picture(op(name), image, 5).tobytes()
 
 
 def test_seeds_differ_by_request_view_and_place():
