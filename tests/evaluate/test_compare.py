@@ -50,7 +50,11 @@ def compare(*args):
     printed = result.output.splitlines()
     assert printed[0] == "\t".join(COLUMNS)
     table = [x.split("\t") for x in printed[1:] if "\t" in x]
-    return {r[0].replace(" ", "_"): dict(zip(COLUMNS, r, strict=True)) for r in table}, printed[1 + len(table) :], result.exit_code
+    return (
+        {r[0].replace(" ", "_"): dict(zip(COLUMNS, r, strict=True)) for r in table},
+        printed[1 + len(table) :],
+        result.exit_code,
+    )
 
 
 @pytest.fixture
