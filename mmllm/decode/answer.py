@@ -18,7 +18,7 @@ class Answer:
     """One answer while it is made.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: of the model; None gives token ids without text.
         end_ids: tokens that end an answer unless the request names its own.
         number: which of the request's ``n`` answers; its draws come from seed + number.
         streamer: gets (index of the request, piece of text).
@@ -61,6 +61,7 @@ class Answer:
     def add(self, token: int, scores: Tensor) -> bool:
         """Takes a token that was picked from ``scores`` [V]; True when the answer has ended."""
         if token in self.end_ids:
+            self.result.end_token_id = token
             return self._finish("stop", self._text())
         self.ids.append(token)
         full = len(self.ids) >= self.request.max_new_tokens
@@ -82,7 +83,7 @@ class Answer:
         return torch.tensor([[*self.prompt.ids, *self.ids]], device=like.device)
 
     def _text(self) -> str:
-        return self.tokenizer.decode(self.ids, skip_special_tokens=True).lstrip()
+        return self.tokenizer.decode(self.ids, skip_special_tokens=True).lstrip() if self.tokenizer else ""
 
     def _settled(self, text: str) -> int:
         """How much of the text no later token can change: not a half character, nor the beginning of a stop string."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ class Decoder:
 
     Args:
         model: a transformers causal or image-text-to-text model.
-        processor: its processor (``apply_chat_template``, ``tokenizer``).
+        processor: its processor (``apply_chat_template``, ``tokenizer``); None for ready token ids only (``run``).
         max_rows: most rows (requests times views) that decode together.
         token_budget: most tokens of one prefill forward.
         share_prefix: compute a prompt prefix with the same media once for all requests that have it.
@@ -42,7 +43,6 @@ class Decoder:
         self.full_attention = _full_attention(model)
         self.share_prefix = share_prefix and self.full_attention
         self.end_ids = _end_ids(model, self.encoder.tokenizer)
-        self.end_of_answer = _end_of_answer(self.encoder, self.end_ids)
         self.forwards = 0
 
     def generate(
@@ -55,9 +55,18 @@ class Decoder:
                 its ``Result.text``. Of ``n`` answers the first is streamed.
             observer: gets a StepTrace for each token of each request.
         """
-        found = self.prompts(requests)
+        return self.run(self.prompts(requests), requests, streamer, observer)
+
+    def run(
+        self,
+        prepared: list[Prompt],
+        requests: Sequence[Request],
+        streamer: Streamer | None = None,
+        observer: Observer | None = None,
+    ) -> list[Result]:
+        """``generate`` from the point where the prompts are made; ``Prompt.index`` is a place in ``requests``."""
         results: list[list[Result | None]] = [[None] * request.n for request in requests]
-        for prompts in self._chunks(found, requests):
+        for prompts in self._chunks(prepared, requests):
             answers = [
                 Answer(p, requests[p.index], self.encoder.tokenizer, self.end_ids, i, None if i else streamer)
                 for p in prompts
@@ -70,6 +79,7 @@ class Decoder:
             first.alternatives = others
         return [of_one[0] for of_one in done]
 
+    @torch.inference_mode()
     def score(
         self, requests: Sequence[Request], candidates: Sequence[Sequence[str]], end: bool = False
     ) -> list[list[float]]:
@@ -122,6 +132,16 @@ class Decoder:
         if not ids:
             raise UserError("an empty answer cannot be scored")
         return ids + [self.end_of_answer] if end else ids
+
+    @cached_property
+    def end_of_answer(self) -> int:
+        """The token that closes an answer in the chat template, else the first end token."""
+        mark = "ANSWERMARK"
+        text = self.processor.apply_chat_template(
+            [{"role": "user", "content": "q"}, {"role": "assistant", "content": mark}], tokenize=False
+        )
+        closing = self.encoder.tokenizer(text.rsplit(mark, 1)[-1], add_special_tokens=False)["input_ids"]
+        return closing[0] if closing and closing[0] in self.end_ids else self.end_ids[0]
 
     def _chunks(self, prompts: list[Prompt], requests: Sequence[Request]) -> Iterator[list[Prompt]]:
         """Prompts that decode together, at most ``max_rows`` rows; those on the same media stay side by side."""
@@ -279,21 +299,11 @@ def _full_attention(model: Any) -> bool:
     return not getattr(config, "sliding_window", None) and "mamba" not in config.model_type
 
 
-def _end_of_answer(encoder: PromptEncoder, end_ids: list[int]) -> int:
-    """The token that closes an answer in the chat template, else the first end token."""
-    mark = "ANSWERMARK"
-    text = encoder.processor.apply_chat_template(
-        [{"role": "user", "content": "q"}, {"role": "assistant", "content": mark}], tokenize=False
-    )
-    closing = encoder.tokenizer(text.rsplit(mark, 1)[-1], add_special_tokens=False)["input_ids"]
-    return closing[0] if closing and closing[0] in end_ids else end_ids[0]
-
-
 def _end_ids(model: Any, tokenizer: Any) -> list[int]:
     """Tokens that end an answer, the tokenizer's own first."""
     found: list[int] = []
     generation = getattr(model, "generation_config", None)
-    for value in (tokenizer.eos_token_id, getattr(generation, "eos_token_id", None)):
+    for value in (getattr(tokenizer, "eos_token_id", None), getattr(generation, "eos_token_id", None)):
         for token in value if isinstance(value, (list, tuple)) else [value]:
             if token is not None and token not in found:
                 found.append(int(token))

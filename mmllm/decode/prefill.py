@@ -291,6 +291,6 @@ def _mask(trees: list[Tree], lead: int, pad: list[int], length: int, dtype: torc
 
 
 def _pad_id(encoder: PromptEncoder) -> int:
-    token = encoder.tokenizer.pad_token_id
+    token = getattr(encoder.tokenizer, "pad_token_id", None)
     # A media placeholder as padding would ask the model for more media than there are.
     return token if token is not None and token not in encoder.placeholder_ids.values() else 0

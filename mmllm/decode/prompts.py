@@ -142,7 +142,8 @@ class PromptEncoder:
         messages, media = self._load(request.messages)
         prompt = Prompt(index, request.spec, request.seed)
         for view in (View(model=request.spec.base), *request.spec.views):
-            words, shown = self._seen(view, messages, media, request.seed, caption)
+            shown = self.shown(view, media, request.seed)
+            words = self._words(view, messages, media, caption)
             alike = prompt.rows and not view.text and [s.media for s in shown] == media
             ids = prompt.rows[0].ids if alike else self._ids(words, [s.media for s in shown])
             prompt.add(self.row(ids, shown, view.model))
@@ -171,29 +172,33 @@ class PromptEncoder:
                 tensors = diffuse_tensors(tensors, op["step"], item.seed)
         return tensors
 
-    def _seen(
-        self, view: View, messages: Messages, media: list[Media], seed: int, caption: str | None
-    ) -> tuple[Messages, list[Shown]]:
-        """The words and media of one view."""
-        shown: list[Shown] = []
-        dropped: set[int] = set()
-        described = any(op.name == "caption" for op in view.text)
+    def shown(self, view: View, media: list[Media], seed: int) -> list[Shown]:
+        """The media as a view shows them, without those that it drops."""
+        found = []
         for place, item in enumerate(media):
             ops = tuple(op for op in view.media if applies(op, item.kind))
-            if described or any(op.name == "drop" for op in ops):
-                dropped.add(place)
+            if any(op.name == "drop" for op in ops) or any(op.name == "caption" for op in view.text):
                 continue
             for op in ops:
                 if op.name == "other":
                     item = self._media(item.kind, op["path"])
             ops = tuple(op for op in ops if op.name != "other")
-            shown.append(Shown(item, ops, view_seed(seed, ops, place)))
+            found.append(Shown(item, ops, view_seed(seed, ops, place)))
+        return found
+
+    def _words(self, view: View, messages: Messages, media: list[Media], caption: str | None) -> Messages:
+        """The messages of one view."""
+        described = any(op.name == "caption" for op in view.text)
+        dropping = {
+            place for place, m in enumerate(media) if any(o.name == "drop" and applies(o, m.kind) for o in view.media)
+        }
+        dropped = set(range(len(media))) if described else dropping
         if dropped:
             messages = without_media(messages, dropped, caption if described else None)
         for op in view.text:
             if op.name != "caption":
                 messages = change_messages(op, messages)
-        return messages, shown
+        return messages
 
     def _ids(self, messages: Messages, media: list[Media]) -> list[int]:
         """Tokens of the whole prompt.
@@ -319,7 +324,10 @@ def _digest(data: bytes, shape: tuple) -> str:
 
 def _placeholder(model: Any, processor: Any, kind: str) -> int | None:
     """The id of the placeholder token; None for a modality that the model was not built with."""
-    if getattr(processor, {"image": "image_processor", "audio": "feature_extractor"}[kind], None) is None:
+    if (
+        processor is not None
+        and getattr(processor, {"image": "image_processor", "audio": "feature_extractor"}[kind], None) is None
+    ):
         return None
     for holder in (processor, model.config):
         for name in (f"{kind}_token_id", f"{kind}_token_index"):

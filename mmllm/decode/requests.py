@@ -56,6 +56,7 @@ class Result:
         text: the answer without end tokens and stop strings, stripped.
         token_ids: the generated tokens without the end token.
         finish_reason: ``"stop"`` (end token, stop string or criterion) or ``"length"``.
+        end_token_id: the token that ended the answer, if one did.
         prompt_tokens: tokens of the prompt, media tokens included.
         rows_per_token: rows of the batch that each token took.
         alternatives: the further answers of a request with ``n`` above 1.
@@ -64,6 +65,7 @@ class Result:
     text: str
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str = "length"
+    end_token_id: int | None = None
     prompt_tokens: int = 0
     rows_per_token: int = 1
     alternatives: list[Result] = field(default_factory=list)

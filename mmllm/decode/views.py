@@ -138,8 +138,10 @@ def change_tensors(op: Op, tensors: dict[str, Tensor], seed: int) -> dict[str, T
     if op.name in ("hflip", "vflip"):
         return {**tensors, "pixel_values": x.flip(-1 if op.name == "hflip" else -2)}
     if op.name == "blank":
-        # Processed pixels are centred, so the mean colour is about 0; black and white are what the picture has of them.
-        level = {"mean": x.new_zeros(()), "black": x.min(), "white": x.max()}[op["fill"]]
+        # Black and white are the darkest and brightest that the picture has, since its normalisation is not known here.
+        level = (
+            x.mean((-1, -2), keepdim=True) if op["fill"] == "mean" else x.min() if op["fill"] == "black" else x.max()
+        )
         return {**tensors, "pixel_values": level.expand_as(x).clone()}
     tiles = _tiles(op, x[0].permute(1, 2, 0).float().cpu().numpy(), seed)
     return {**tensors, "pixel_values": torch.from_numpy(tiles).permute(2, 0, 1)[None].to(x)}
