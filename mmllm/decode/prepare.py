@@ -106,7 +106,7 @@ def _media_directions(decoder: Decoder, row: Row) -> Tensor:
     trees = build_trees(both, {}, share=False)
     part = prefill(decoder.model, decoder.encoder, decoder.inside, trees, False, states=list(layers), share=False)
     ends = Ends(decoder.inside, [part])
-    at = [int(ends._picked(r, ())[1][0]) for r in both]
+    at = [int(ends.places(r)[0]) for r in both]
     return torch.stack(
         [part.captured.states[n][at[0]].float() - part.captured.states[n][at[1]].float() for n in layers]
     )

@@ -52,25 +52,27 @@ class Ends:
 
     def logits(self, row: Row, tokens: Sequence[int] = ()) -> Tensor:
         """[n, V] that predict ``tokens`` one by one after the row; without tokens [1, V], what comes next."""
-        part, picked = self._picked(row, tokens)
-        return part.logits[picked]
+        return self._part(row, tokens).logits[self.places(row, tokens)]
 
     def taps(self, prompt: Prompt, tokens: Sequence[int] = ()) -> list[Taps]:
         """For the same places of the base row, the logits [layers, V] of the method's taps."""
         if not prompt.spec.taps:
             return [{} for _ in range(len(tokens) or 1)]
-        part, picked = self._picked(prompt.rows[0], tokens)
+        part, picked = self._part(prompt.rows[0], tokens), self.places(prompt.rows[0], tokens)
         found = {tap: self.inside.tap_logits(tap, part.captured, picked) for tap in prompt.spec.taps}
         return [{tap: z[i] for tap, z in found.items()} for i in range(len(picked))]
 
-    def _picked(self, row: Row, tokens: Sequence[int]) -> tuple[Prefilled, Tensor]:
+    def places(self, row: Row, tokens: Sequence[int] = ()) -> Tensor:
+        """The same as ``logits``, as indices into the logits and captured states of the row's forward."""
         if tokens:
             p, t, places = self.home[id(row), tuple(tokens)]
         else:
             p, t, places = self.branch[id(row)]
             places = places[-1:]
-        part = self.parts[p]
-        return part, torch.tensor([part.index[t, place] for place in places])
+        return torch.tensor([self.parts[p].index[t, place] for place in places])
+
+    def _part(self, row: Row, tokens: Sequence[int]) -> Prefilled:
+        return self.parts[self.home[id(row), tuple(tokens)][0] if tokens else self.branch[id(row)][0]]
 
     def views(self, prompt: Prompt, tokens: Sequence[int] = ()) -> Tensor:
         """[n, K, V]: the logits of all views of a request."""
