@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmllm.decode.explain import view_names
+from mmllm.decode.requests import Request
+
 
 @dataclass
 class StepTrace:
@@ -50,3 +53,11 @@ def step_table(trace: StepTrace, tokenizer: Any, names: list[str], top: int = 5)
         "mix": best(trace.scores),
         "plausible": int(torch.isfinite(trace.scores).sum()),
     }
+
+
+def trace_request(decoder: Any, request: Request) -> list[dict[str, Any]]:
+    """The steps of one request's answer, as :func:`step_table` gives them."""
+    names, steps = view_names(request.spec), []
+    tokenizer = decoder.encoder.tokenizer
+    decoder.generate([request], observer=lambda step: steps.append(step_table(step, tokenizer, names)))
+    return steps

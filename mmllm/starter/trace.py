@@ -21,6 +21,7 @@ def trace_run(
 ) -> list[dict[str, Any]]:
     """The steps of a trained model's answer, as ``mmllm.decode.trace.step_table`` gives them."""
     from mmllm.decode import Decoder
+    from mmllm.decode.trace import trace_request
     from mmllm.model import load_model
     from mmllm.starter.chat import Chat
 
@@ -30,17 +31,6 @@ def trace_run(
     for path in sounds:
         chat.show("audio", path)
     return trace_request(chat.decoder, chat.request(question))
-
-
-def trace_request(decoder: Any, request: Any) -> list[dict[str, Any]]:
-    """The steps of one request."""
-    from mmllm.decode.explain import view_names
-    from mmllm.decode.trace import step_table
-
-    names, steps = view_names(request.spec), []
-    tokenizer = decoder.encoder.tokenizer
-    decoder.generate([request], observer=lambda step: steps.append(step_table(step, tokenizer, names)))
-    return steps
 
 
 def print_trace(steps: Sequence[dict[str, Any]]) -> None:

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from tiny_mm import tiny_model
 
 from mmllm.data.questions import caption, format_box, with_article
+from mmllm.decode import Decoder
 from mmllm.decode.requests import Result
 from mmllm.errors import UserError
 from mmllm.evaluate.gallery import gallery_items
@@ -248,3 +250,13 @@ def test_user_errors_of_the_command(dataset, tmp_path):
 
     result = CliRunner().invoke(command, ["--data", str(dataset)])
     assert isinstance(result.exception, UserError) and "--model" in str(result.exception)
+
+
+def test_a_method_leaves_its_trace_and_its_name(dataset, tmp_path):
+    model, processor = tiny_model()
+    decode = "vcd:step=900+ritual:transform=hflip,normalize=true"
+    run_eval(None, dataset, ["pope"], decode, 4, tmp_path, False, seed=5, decoder=Decoder(model, processor))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert (results["decode"], results["seed"]) == (decode, 5)
+    trace = json.loads((tmp_path / "trace.json").read_text())
+    assert trace["decode"] == decode and list(trace["steps"][0]["views"]) == ["base", "diffuse", "hflip"]
