@@ -18,7 +18,7 @@ Series = dict[str, list[tuple[float, float]]]
 
 
 def run_curves(run: Path) -> dict[tuple[str, str], list[tuple[float, float]]]:
-    """(phase, entry) -> [(step, value)] of every number in a run's ``metrics.jsonl``; a half-written line is skipped."""
+    """(phase, entry) -> [(step, value)] of every number in ``metrics.jsonl``; a half-written line is skipped."""
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
     file = run / "metrics.jsonl"
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
