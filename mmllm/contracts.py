@@ -21,8 +21,8 @@ class Features:
         pooled: [B, D].
         grid: (t, h, w) when the tokens after ``num_prefix`` lie on a grid, else None.
         num_prefix: class tokens before the grid.
-        layers: intermediate outputs asked for by ``tower(..., layers=(2, -1))``, index -> [B, N, D] with the same tokens;
-            index 0 is the input of the first block, k the output of block k, -1 that of the last.
+        layers: intermediate outputs asked for by ``tower(..., layers=(2, -1))``: index -> [B, N, D], the same tokens;
+            0 is the input of the first block, k the output of block k, -1 that of the last.
         input_ids: [B, N] of a text tower.
     """
 

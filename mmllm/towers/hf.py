@@ -19,6 +19,7 @@ from mmllm.errors import UserError, unknown
 
 log = logging.getLogger(__name__)
 PARTS = {"vision": "vision_config", "text": "text_config", "audio": "audio_config"}
+INPUTS = {"vision": ("pixel_values",), "text": ("input_ids",), "audio": ("input_features", "input_values")}
 
 
 def encoder_config(config: PreTrainedConfig, modality: str) -> PreTrainedConfig:
@@ -78,7 +79,10 @@ def load_encoder(path: str, modality: str, encoder_only: bool = False) -> tuple[
         if model is None:
             raise UserError(f"the {modality} part of a '{whole.model_type}' model cannot be taken out", path)
         missing = {k for k in missing if k.startswith(f"{part}.")}
-    return encoder_of(model).eval(), config, missing
+    model = encoder_of(model).eval()
+    if model.main_input_name not in INPUTS[modality]:
+        raise UserError(f"a '{config.model_type}' takes {model.main_input_name}: it is no {modality} model", path)
+    return model, config, missing
 
 
 class HFTower(Tower):

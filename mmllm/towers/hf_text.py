@@ -42,7 +42,7 @@ class HFTextTower(HFTower):
         own = int(getattr(self.config, "max_position_embeddings", None) or 512)
         self.max_length = max_length or min(own, 512)
         self.decoder = is_decoder(self.config)
-        self._asked = inspect.signature(self.model.forward).parameters
+        self._asked = frozenset(inspect.signature(self.model.forward).parameters)
 
     def default_pooling(self) -> str:
         if is_decoder(self.config):

@@ -38,7 +38,7 @@ class HFVisionTower(HFTower):
     ):
         super().__init__(config, **settings)
         self.image_size, self.keep_prefix = image_size, keep_prefix
-        self._asked = inspect.signature(self.model.forward).parameters
+        self._asked = frozenset(inspect.signature(self.model.forward).parameters)
         self._measured: dict[tuple[int, int], tuple[tuple[int, int, int], int, int]] = {}
 
     @property

@@ -74,14 +74,15 @@ def set_image_size(processor: Any, side: int) -> None:
 
 
 def timm_processor(config: Any) -> MMLLMImageProcessor:
-    """A timm config's size, mean and deviation as our processor, which keeps the whole picture, so that boxes stay true."""
+    """Our processor with a timm config's size, mean and deviation: it keeps the whole picture, so boxes stay true."""
     data = getattr(config, "pretrained_cfg", None) or {}
     size = data.get("input_size") or (3, 224, 224)
+    known = data.get("interpolation") in RESAMPLE
     return MMLLMImageProcessor(
         image_size=size[-1],
         image_mean=data.get("mean") or (0.485, 0.456, 0.406),
         image_std=data.get("std") or (0.229, 0.224, 0.225),
-        resample=data.get("interpolation") if data.get("interpolation") in RESAMPLE else "bicubic",
+        resample=data["interpolation"] if known else "bicubic",
     )
 
 

@@ -48,7 +48,7 @@ def new_timm_tower(name: str, settings: dict[str, Any]) -> HFVisionTower:
         size = arguments["img_size"]
         described["input_size"] = (3, size, size)
     described.pop("num_classes", None)
-    config = TimmWrapperConfig(architecture=base, model_args=arguments, pretrained_cfg=described, num_labels=1)
-    tower = HFVisionTower(config.to_dict(), **settings)
+    config = TimmWrapperConfig(architecture=base, model_args=arguments)
+    tower = HFVisionTower({**config.to_dict(), "pretrained_cfg": described}, **settings)
     tower.use_preprocessor(timm_processor(tower.config))
     return tower

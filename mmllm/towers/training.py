@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 from torch import nn
@@ -15,6 +15,8 @@ from mmllm.errors import UserError
 from mmllm.towers.video import VideoTower
 
 log = logging.getLogger(__name__)
+# Attention that hands its linear layers' weights to a function instead of calling them: an adapter there does nothing.
+READS_WEIGHTS = ("MultiheadAttention", "WavLMAttention")
 
 
 class LoraChoice(StrictModel):
@@ -37,7 +39,7 @@ class TrainChoice(StrictModel):
     lora: LoraChoice | None = None
 
 
-def apply_train(tower: Tower, choice: Literal["none", "full"] | dict[str, Any]) -> list[nn.Parameter]:
+def apply_train(tower: Tower, choice: str | dict[str, Any]) -> list[nn.Parameter]:
     """Freezes all of a tower but what ``choice`` names, and returns what is left to train.
 
     The tower remembers it: ``tower.trainable()`` is what may enter an optimizer, and ``train()`` keeps frozen parts in
@@ -126,7 +128,7 @@ def linear_layers(tower: nn.Module, blocks: list[nn.Module]) -> list[str]:
     from transformers.pytorch_utils import Conv1D
 
     inside = {id(m) for b in blocks for m in b.modules()}
-    hidden = {id(m) for a in tower.modules() if isinstance(a, nn.MultiheadAttention) for m in a.modules()}
+    hidden = {id(m) for a in tower.modules() if type(a).__name__ in READS_WEIGHTS for m in a.modules()}
     return [
         name
         for name, m in tower.named_modules()
@@ -137,14 +139,16 @@ def linear_layers(tower: nn.Module, blocks: list[nn.Module]) -> list[str]:
 def _add_lora(tower: Tower, blocks: list[nn.Module], lora: LoraChoice) -> list[nn.Parameter]:
     from peft import LoraConfig, inject_adapter_in_model
 
-    names = linear_layers(tower, blocks)
+    root = getattr(tower, "model", tower)
+    names = linear_layers(root, blocks)
     chosen = [n for n in names if lora.targets is None or any(f".{n}".endswith(f".{t}") for t in lora.targets)]
     if not chosen:
         kinds = sorted({n.rsplit(".", 1)[-1] for n in names})
         where, do = "train.lora.targets", f"linear layers of its blocks: {', '.join(kinds) or 'none'}"
         raise UserError(f"no linear layer of this {tower.modality} tower matches {lora.targets or 'all'}", where, do)
     settings = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=chosen)
-    inject_adapter_in_model(settings, tower)
+    # peft asks a model of transformers for its own names; our towers are plain modules.
+    inject_adapter_in_model(settings, root)
     return [p for n, p in tower.named_parameters() if "lora_" in n]
 
 
