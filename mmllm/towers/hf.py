@@ -179,14 +179,22 @@ class HFTower(Tower):
     def save_pretrained(self, folder: str | Path) -> None:
         """Model, and the preprocessor where there is one."""
         self.model.save_pretrained(folder)
-        if self._preprocessor is not None or self.source is not None:
-            self.preprocessor().save_pretrained(folder)
+        self.save_preprocessor(folder)
+
+    def save_preprocessor(self, folder: str | Path) -> None:
+        """Writes the preprocessor; a tower whose source has none is saved without."""
+        try:
+            made = self.preprocessor()
+        except UserError as e:
+            log.warning("saved without a preprocessor: %s", e)
+            return
+        made.save_pretrained(folder)
 
     def preprocessor(self) -> Any:
         if self._preprocessor is None:
             if self.source is None:
-                what = "this tower was built without weights and has no preprocessor"
-                raise UserError(what, do="load it with load_tower")
+                what = f"this {self.modality} tower has no preprocessor"
+                raise UserError(what, do="load a folder that has one, or give it one with use_preprocessor")
             self._preprocessor = self.load_preprocessor(self.source)
         return self._preprocessor
 

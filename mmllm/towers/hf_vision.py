@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -167,7 +168,7 @@ class HFVisionTower(HFTower):
         return {**super().to_config(), "image_size": self.image_size, "keep_prefix": self.keep_prefix}
 
     def preprocessor(self) -> Any:
-        made = super().preprocessor()
+        made = copy.copy(super().preprocessor())  # its size may be changed by whoever asked for it
         if self.image_size:
             set_image_size(made, self.image_size)
         return made
