@@ -65,7 +65,8 @@ class HFAudioTower(HFTower):
         return Features(tokens, mask, pooled, layers=states)
 
     def _clap(self, x: Tensor, is_longer: Tensor | None, layers: Sequence[int]) -> Features:
-        tokens, out, states = self.run({"input_features": x, "is_longer": is_longer}, layers)
+        longer = torch.zeros(len(x), 1, dtype=torch.bool, device=x.device) if is_longer is None else is_longer
+        tokens, out, states = self.run({"input_features": x, "is_longer": longer}, layers)
         grid = (1, tokens.shape[2], tokens.shape[3])
         flat = lambda t: t.flatten(2).transpose(1, 2)  # noqa: E731
         tokens = flat(tokens)
