@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from mmllm.contracts import Tower
 from mmllm.errors import UserError, unknown
 from mmllm.towers.efficientnet import EfficientNetLite0Tower
-from mmllm.towers.hf import HFTower
+from mmllm.towers.hf import HFTower, model_class
 from mmllm.towers.hf_audio import HFAudioTower
 from mmllm.towers.hf_text import HFTextTower
 from mmllm.towers.hf_vision import HFVisionTower
@@ -169,7 +169,7 @@ def save_tower(tower: Tower, folder: str | Path) -> None:
     config, module = tower.to_config(), tower
     if isinstance(tower, HFTower):
         tower.save_pretrained(path)
-        encoder_only = bool(config["config"].get("is_encoder_decoder"))
+        encoder_only = type(tower.model) is not model_class(tower.config)
         saved = {"modality": tower.modality, **tower.settings(), "encoder_only": encoder_only}
         (path / SETTINGS).write_text(json.dumps(saved), encoding="utf-8")
         return

@@ -29,9 +29,9 @@ def encoder_config(config: PreTrainedConfig, modality: str) -> PreTrainedConfig:
 
 def encoder_of(model: Any) -> Any:
     """The encoder of an encoder-decoder model (Whisper, T5); any other model as it is."""
-    if getattr(model.config, "is_encoder_decoder", False):
-        return model.get_encoder()
-    return model
+    # Not by config.is_encoder_decoder: T5's encoder alone is published with T5's config and "false".
+    both = hasattr(model, "encoder") and hasattr(model, "decoder")
+    return model.get_encoder() if both else model
 
 
 def model_class(config: PreTrainedConfig) -> Any:
@@ -79,6 +79,10 @@ def load_encoder(path: str, modality: str, encoder_only: bool = False) -> tuple[
         if model is None:
             raise UserError(f"the {modality} part of a '{whole.model_type}' model cannot be taken out", path)
         missing = {k for k in missing if k.startswith(f"{part}.")}
+    if encoder_of(model) is not model:
+        missing = {k for k in missing if not k.startswith("decoder.")}
+    # Stand in for masked inputs in pretraining; models fine-tuned since are often published without.
+    missing = {k for k in missing if k.rsplit(".", 1)[-1] not in ("masked_spec_embed", "mask_token")}
     model = encoder_of(model).eval()
     if model.main_input_name not in INPUTS[modality]:
         raise UserError(f"a '{config.model_type}' takes {model.main_input_name}: it is no {modality} model", path)
@@ -116,10 +120,15 @@ class HFTower(Tower):
         self.pooling = self.default_pooling() if pooling == "auto" else pooling
         # The whole class tree is kept for encoder-decoder models only as long as it takes to pick the encoder.
         self.model: Any = encoder_of(model_class(self.config)._from_config(self.config)) if model is None else model
-        if self.pooling not in ("auto", "pooler") and getattr(self.model, "pooler", None) is not None:
-            if "add_pooling_layer" in inspect.signature(type(self.model).__init__).parameters:
-                self.model.pooler = None  # parameters that never get a gradient stop distributed training
         self._preprocessor: Any = None
+        if self.pooling not in ("auto", "pooler"):
+            self._drop_pooler()
+
+    def _drop_pooler(self) -> None:
+        """Takes an unused pooler away: parameters that never get a gradient stop distributed training."""
+        optional = "add_pooling_layer" in inspect.signature(type(self.model).__init__).parameters
+        if optional and getattr(self.model, "pooler", None) is not None:
+            self.model.pooler = None
 
     @property
     def hidden_size(self) -> int:  # type: ignore[override]
@@ -138,16 +147,20 @@ class HFTower(Tower):
             encoder_only: the folder holds just the encoder of an encoder-decoder model, as ``save_tower`` writes it.
 
         Raises:
-            UserError: nothing loadable there.
+            UserError: nothing loadable there, or weights are missing. Without those of a pooler, ``auto`` pools by the
+                class token or the mean, and says so.
         """
         model, config, missing = load_encoder(path, cls.modality, encoder_only)
+        tower = cls(config.to_dict(), model=model, source=path, **settings)
         poolers = {k for k in missing if "pooler" in k.split(".")}
-        if poolers and settings.get("pooling", "auto") in ("auto", "pooler"):
-            log.warning("%s has no weights for its pooler: the class token or the mean is used instead", path)
-            settings["pooling"] = cls.WITHOUT_POOLER
-        if missing - poolers:
-            log.warning("%s lacks %d weights (first: %s)", path, len(missing), sorted(missing - poolers)[0])
-        return cls(config.to_dict(), model=model, source=path, **settings)
+        lost = missing if settings.get("pooling") == "pooler" else missing - poolers
+        if lost:
+            raise UserError(f"{len(lost)} weights of the {cls.modality} model are missing: {sorted(lost)[0]}", path)
+        if poolers and tower.pooling in ("auto", "pooler"):
+            log.warning("%s has no weights for its pooler: pooling by '%s' instead", path, cls.WITHOUT_POOLER)
+            tower.pooling = cls.WITHOUT_POOLER
+            tower._drop_pooler()
+        return tower
 
     def run(self, inputs: dict[str, Any], layers: Sequence[int] = ()) -> tuple[Tensor, Any, dict[int, Tensor] | None]:
         """Tokens of the chosen layer, the model's whole output, and the asked hidden states."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tower_families import inputs_of, items
 
 from mmllm.errors import UserError
@@ -106,6 +108,17 @@ def test_naflex_padding_is_masked(load):
 def test_a_missing_pooler_is_told_and_not_used(load, caplog):
     tower = load("vit_without_pooler", "vision")
     assert tower.pooling == "cls" and tower.model.pooler is None and "no weights for its pooler" in caplog.text
+    with pytest.raises(UserError, match="weights of the vision model are missing: pooler"):
+        load("vit_without_pooler", "vision", pooling="pooler")
+
+
+def test_missing_weights_are_an_error(folder_of, tmp_path):
+    shutil.copytree(folder_of("bert"), tmp_path / "bert")
+    file = tmp_path / "bert" / "model.safetensors"
+    state = {k: v for k, v in load_file(file).items() if "layer.1" not in k}
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="16 weights of the text model are missing"):
+        load_tower(str(tmp_path / "bert"), "text")
 
 
 @pytest.mark.parametrize(("name", "modality"), [("clip_text", "text"), ("ast", "audio"), ("clip", "vision")])

@@ -242,7 +242,8 @@ def save_text(make: Callable[[], Any], pad: bool = True) -> Callable[[Path], Non
 
 def text(pooled: str) -> Callable[[Any, dict[str, torch.Tensor]], tuple[torch.Tensor, torch.Tensor]]:
     def expect(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        model = model.get_encoder() if model.config.is_encoder_decoder else getattr(model, "text_model", model)
+        whole = model.config.is_encoder_decoder and not isinstance(model, tf.T5EncoderModel)
+        model = model.get_encoder() if whole else getattr(model, "text_model", model)
         valid = inputs["attention_mask"][0].bool()
         whole = model.config.model_type.startswith("siglip")  # looks at its padding, too
         out = model(input_ids=inputs["input_ids"] if whole else inputs["input_ids"][:, valid])
@@ -269,6 +270,10 @@ def distilbert() -> Any:
 
 def t5() -> Any:
     return tf.T5Model(tf.T5Config(d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, vocab_size=VOCABULARY))
+
+
+def t5_encoder() -> Any:
+    return tf.T5EncoderModel(t5().config)
 
 
 def llama() -> Any:
@@ -337,6 +342,7 @@ FAMILIES: dict[str, Family] = {
     "roberta": Family("text", save_text(bert("Roberta")), text("mean")),
     "distilbert": Family("text", save_text(distilbert), text("mean")),
     "t5": Family("text", save_text(t5), text("mean")),
+    "t5_encoder": Family("text", save_text(t5_encoder), text("mean"), auto=tf.T5EncoderModel),
     "clip_text": Family("text", save_text(clip), text("pooler")),
     "siglip_text": Family("text", save_text(lambda: siglip(16)), text("pooler")),
     "siglip2_text": Family("text", save_text(siglip2), text("pooler")),
