@@ -69,13 +69,12 @@ class HFVisionTower(HFTower):
         """pixel_values [B, 3, H, W] (or NaFlex patches [B, N, P] with their mask and shapes) -> tokens [B, N, D]."""
         inputs: dict[str, Any] = {"pixel_values": pixel_values.to(next(self.model.parameters()).dtype)}
         if self.naflex:
-            assert pixel_attention_mask is not None and spatial_shapes is not None
+            assert pixel_attention_mask is not None
             inputs |= {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
-        elif "interpolate_pos_encoding" in self._asked and self._own_size() not in (None, pixel_values.shape[-2:]):
+            return self._padded(*self.run(inputs, layers), pixel_attention_mask.bool())
+        if "interpolate_pos_encoding" in self._asked and self._own_size() not in (None, pixel_values.shape[-2:]):
             inputs["interpolate_pos_encoding"] = True
         tokens, out, states = self.run(inputs, layers)
-        if pixel_attention_mask is not None and self.naflex:
-            return self._naflex(tokens, out, states, pixel_attention_mask.bool())
         timm = getattr(self.model, "timm_model", None)
         if self.layer == -1 and getattr(timm, "output_fmt", "NCHW") == "NHWC":  # timm's Swin; its hidden states do not
             tokens = tokens.permute(0, 3, 1, 2)
@@ -97,7 +96,7 @@ class HFVisionTower(HFTower):
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         return Features(tokens, mask, pooled, grid, prefix - cut, states)
 
-    def _naflex(self, tokens: Tensor, out: Any, states: dict[int, Tensor] | None, mask: Tensor) -> Features:
+    def _padded(self, tokens: Tensor, out: Any, states: dict[int, Tensor] | None, mask: Tensor) -> Features:
         pooled = getattr(out, "pooler_output", None) if self.pooling in ("auto", "pooler") else None
         return Features(tokens, mask, masked_mean(tokens, mask) if pooled is None else pooled, layers=states)
 

@@ -27,7 +27,7 @@ class Family:
     Attributes:
         write: makes model and preprocessor in a folder.
         expect: (model loaded by transformers alone, inputs of one item) -> tokens [N, D], pooled [D].
-        states: hidden states as the tower should give them, one item; None where the default holds.
+        auto: the class of transformers that loads the folder.
         settings: for ``load_tower`` beside ``model``.
     """
 
