@@ -19,7 +19,7 @@ from mmllm.contracts import Tower
 from mmllm.data.features import FeatureCache
 from mmllm.data.media import load_audio, load_image, open_image
 from mmllm.errors import UserError
-from mmllm.towers import MMLLMAudioFeatureExtractor, audio_inputs, image_inputs
+from mmllm.towers import MMLLMAudioFeatureExtractor, audio_inputs, image_inputs, set_image_size
 
 Progress = Callable[[int, int], None]
 CHUNK = 32  # items read, and written to the cache, together
@@ -110,6 +110,8 @@ class FrozenFeatures:
         if id(tower) not in self._fingerprints:
             self._fingerprints[id(tower)] = fingerprint(tower)
         processor = tower.preprocessor()
+        if image_size:
+            set_image_size(processor, image_size)
         side = image_size or getattr(processor, "image_size", None) or 224
         paths = [_path(r, tower.modality) for r in records]
         key = {
@@ -133,11 +135,7 @@ class FrozenFeatures:
         def compute(rows: list[int]) -> dict[str, Tensor]:
             items = list(pool.map(one, rows))
             if tower.modality == "vision":
-                extra = {"image_size": side} if hasattr(processor, "image_size") else {}
-                inputs = (
-                    processor(images=items, return_tensors="pt", **extra) if extra else image_inputs(processor, items)
-                )
-                inputs = {"pixel_values": inputs["pixel_values"]}
+                inputs = image_inputs(processor, items)
             else:
                 inputs = audio_inputs(processor, items)
                 if augment == "sound" and isinstance(processor, MMLLMAudioFeatureExtractor):
@@ -231,7 +229,7 @@ class AlignSource:
                     tower, records, fields, image_size=self.image_size[stream], augment=config.augment,
                     copies=config.copies, seed=seed, name=f"{name}-{stream}", progress=progress,
                 )  # fmt: skip
-                if tower.modality == "vision" and "tokens" in fields:
+                if tower.modality == "vision" and "tokens" in fields and getattr(tower, "grid", None) is not None:
                     side = round(self.media[stream]["tokens"].shape[2] ** 0.5)
                     self.grids[stream] = (1, side, side)
             elif tower.modality == "audio":
@@ -252,15 +250,18 @@ class AlignSource:
     def _read_sounds(self, tower: Tower, progress: Progress | None) -> dict[str, Tensor]:
         """Inputs of an audio tower that trains: [N, F, T] kept in half precision."""
         extractor = tower.preprocessor()
-        features, masks = [], []
+        rows: dict[str, list[Tensor]] = {}
         for i in range(0, len(self.records), 64):
             waves = [load_audio(_path(r, "audio"), extractor.sampling_rate) for r in self.records[i : i + 64]]
             inputs = audio_inputs(extractor, waves)
-            features.append(inputs["input_features"].half())
-            masks.append(inputs["feature_attention_mask"].bool())
+            inputs["input_features"] = inputs["input_features"].half()
+            inputs["feature_attention_mask"] = inputs["feature_attention_mask"].bool()
+            for name, value in inputs.items():
+                rows.setdefault(name, []).extend(value)
             if progress is not None:
                 progress(min(i + 64, len(self.records)), len(self.records))
-        return {"input_features": torch.cat(features), "feature_attention_mask": torch.cat(masks)}
+        # Raw waveforms are as long as the longest of their 64; a fixed window leaves nothing to pad.
+        return {k: torch.nn.utils.rnn.pad_sequence(v, batch_first=True) for k, v in rows.items()}
 
     def choose(self, step: int, rank: int, world: int) -> tuple[list[int], np.random.Generator]:
         """Item numbers of this process's part of a step's batch, and the generator for all further draws."""
@@ -321,6 +322,6 @@ class AlignSource:
         side = self.image_size[stream] or getattr(processor, "image_size", 224)
         how = self.config.augment
         pictures = [read_picture(self.records[i], how, side, rng if how != "none" else None) for i in chosen]
-        if hasattr(processor, "image_size"):
-            processor.image_size = side
+        if self.image_size[stream]:
+            set_image_size(processor, side)
         return dict(image_inputs(processor, pictures))
