@@ -21,7 +21,8 @@ class Features:
         pooled: [B, D].
         grid: (t, h, w) when the tokens after ``num_prefix`` lie on a grid, else None.
         num_prefix: class tokens before the grid.
-        layers: requested intermediate outputs, layer index -> [B, N, D].
+        layers: intermediate outputs asked for by ``tower(..., layers=(2, -1))``: index -> [B, N, D], the same tokens;
+            0 is the input of the first block, k the output of block k, -1 that of the last.
         input_ids: [B, N] of a text tower.
     """
 
@@ -99,10 +100,37 @@ class Objective(nn.Module):
 
 
 class Tower(nn.Module):
-    """An encoder of one modality; ``forward(**inputs) -> Features``."""
+    """An encoder of one modality; ``forward(**inputs, layers=()) -> Features``.
+
+    Attributes:
+        hidden_size: width of the tokens.
+        trains: the parameters that a ``train:`` choice lets train (``mmllm.towers.apply_train``); None: no choice was
+            made and all of them may.
+    """
 
     modality: str = ""
     hidden_size: int = 0
+    trains: list[nn.Parameter] | None = None
+
+    @property
+    def pooled_size(self) -> int:
+        """Width of ``Features.pooled``."""
+        return self.hidden_size
+
+    def trainable(self) -> list[nn.Parameter]:
+        """What may go into an optimizer."""
+        return list(self.parameters()) if self.trains is None else list(self.trains)
+
+    def train(self, mode: bool = True) -> Tower:
+        """Parts that a choice froze stay in eval mode: their dropout and BatchNorm must not move."""
+        super().train(mode)
+        if mode and self.trains is not None:
+            chosen = {id(p) for p in self.trains}
+            for module in self.modules():
+                inside = [id(p) for p in module.parameters()]
+                if (inside or not chosen) and chosen.isdisjoint(inside):
+                    module.eval()
+        return self
 
     def frozen_copy(self) -> Tower:
         """A copy in eval mode for running over a data set; a tower may fold layers together in it."""

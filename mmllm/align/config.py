@@ -14,19 +14,33 @@ MODALITIES = ("vision", "audio", "text")
 
 
 class HeadConfig(StrictModel):
-    """The projection to the shared space: LayerNorm?, dropout, hidden layer?, linear."""
+    """The projection to the shared space: LayerNorm?, dropout, hidden layer?, linear.
+
+    Attributes:
+        activation: after the hidden layer.
+        identity: no projection at all, for a tower whose pooled output is trained to be the embedding (SigLIP).
+    """
 
     hidden_dim: int | None = None
     dropout: float = Field(default=0.0, ge=0, lt=1)
     norm: bool = False
     bias: bool = True
+    activation: Literal["gelu", "relu"] = "gelu"
+    identity: bool = False
+
+    @model_validator(mode="after")
+    def _nothing_beside_identity(self) -> HeadConfig:
+        if self.identity and (self.hidden_dim or self.dropout or self.norm):
+            raise UserError("an identity head has no layers", do="leave hidden_dim, dropout and norm out, or identity")
+        return self
 
 
 class StreamConfig(StrictModel):
     """One stream: which tower reads it and what is put on top.
 
     Attributes:
-        tower: folder, hub id, ``starter:NAME``, ``tiny:vit``, ``tiny:audio`` or a dict (see ``load_tower``).
+        tower: folder, hub id, ``starter:NAME``, ``tiny:vit``, ``tiny:text``, ``timm:NAME`` or a dict (see
+            ``load_tower``), which may say with ``train`` which of its weights a phase that trains it changes.
         tower_of: another stream whose tower this one shares, instead of ``tower``.
         head: pooled projection into the shared space; None: this stream has none.
         connector: config of a token-level head (see ``build_connector``); ``in_dim`` and ``out_dim`` may be left out.

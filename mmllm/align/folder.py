@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from mmllm.align.config import HeadConfig
-from mmllm.align.model import AlignModel, ProjectionHead
+from mmllm.align.model import MAX_LOGIT_SCALE, AlignModel, ProjectionHead
 from mmllm.connectors import load_connector_folder
 from mmllm.contracts import Connector, Tower
 from mmllm.errors import UserError, unknown
@@ -44,7 +44,8 @@ def save_align(model: AlignModel, folder: str | Path, info: dict[str, Any]) -> N
         for name, owner in model.tower_of.items()
         if owner in own
     }
-    data = {"embedding_dim": model.embedding_dim, "streams": streams, "pairs": list(model.logit_scale), **info}
+    data = {"embedding_dim": model.embedding_dim, "max_logit_scale": model.max_logit_scale, "streams": streams}
+    data |= {"pairs": list(model.logit_scale), **info}
     (folder / FILE).write_text(json.dumps(data, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
@@ -74,7 +75,7 @@ def load_align(run: str | Path) -> AlignModel:
         if spec["tower"] not in towers:
             towers[spec["tower"]] = load_tower(str(folder / spec["tower"]), spec["modality"])
     heads = {
-        name: ProjectionHead(towers[s["tower"]].hidden_size, dim, HeadConfig(**s["head"]))
+        name: ProjectionHead(towers[s["tower"]].pooled_size, dim, HeadConfig(**s["head"]))
         for name, s in streams.items()
         if s["head"]
     }
@@ -82,6 +83,7 @@ def load_align(run: str | Path) -> AlignModel:
     pairs = [tuple(p.split(":")) for p in info["pairs"]]
     model = AlignModel(towers, {n: s["tower"] for n, s in streams.items()}, heads, connectors, pairs, dim)  # type: ignore[arg-type]
     model.image_size = {n: s["image_size"] for n, s in streams.items() if s["image_size"]}
+    model.max_logit_scale = info.get("max_logit_scale", MAX_LOGIT_SCALE)
     state = load_file(str(folder / "heads.safetensors"))
     missing = [k for k in state if k not in model.state_dict()]
     if missing:

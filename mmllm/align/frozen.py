@@ -19,7 +19,7 @@ from mmllm.data.blob import media_stamp
 from mmllm.data.features import FeatureCache
 from mmllm.data.media import load_audio
 from mmllm.errors import UserError
-from mmllm.towers import MMLLMAudioFeatureExtractor, audio_inputs, image_inputs
+from mmllm.towers import MMLLMAudioFeatureExtractor, audio_inputs, image_inputs, set_image_size
 
 Progress = Callable[[int, int], None]
 CHUNK = 32  # items read, and written to the cache, together
@@ -96,6 +96,8 @@ class FrozenFeatures:
         if id(tower) not in self._fingerprints:
             self._fingerprints[id(tower)] = fingerprint(tower)
         processor = tower.preprocessor()
+        if image_size:
+            set_image_size(processor, image_size)
         side = image_size or getattr(processor, "image_size", None) or 224
         media = [medium_of(r, tower.modality) for r in records]
         draft = resized_to(processor, side) if tower.modality == "vision" else None
@@ -131,11 +133,7 @@ class FrozenFeatures:
             items, readable = zip(*pool.map(one_or_blank, rows))
             items = list(items)
             if tower.modality == "vision":
-                extra = {"image_size": side} if hasattr(processor, "image_size") else {}
-                inputs = (
-                    processor(images=items, return_tensors="pt", **extra) if extra else image_inputs(processor, items)
-                )
-                inputs = {"pixel_values": inputs["pixel_values"]}
+                inputs = image_inputs(processor, items)
             else:
                 inputs = audio_inputs(processor, items)
                 if augment == "sound" and isinstance(processor, MMLLMAudioFeatureExtractor):

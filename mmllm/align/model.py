@@ -13,19 +13,27 @@ from torch import Tensor, nn
 from mmllm.align.config import HeadConfig
 from mmllm.contracts import Connector, Features, Stream, Tower
 from mmllm.errors import UserError
-from mmllm.towers import audio_inputs, image_inputs
+from mmllm.towers import audio_inputs, image_inputs, set_image_size, video_inputs
 
 MAX_LOGIT_SCALE = 100.0
 
 
 class ProjectionHead(nn.Sequential):
-    """Tower width -> shared space: LayerNorm?, dropout, hidden layer with GELU?, linear."""
+    """Tower width -> shared space: LayerNorm?, dropout, hidden layer with GELU or ReLU?, linear; or nothing."""
 
     def __init__(self, in_dim: int, out_dim: int, config: HeadConfig):
+        if config.identity:
+            if in_dim != out_dim:
+                what = f"an identity head needs a tower as wide as the shared space: {in_dim} against {out_dim}"
+                raise UserError(what, "head", "set embedding_dim, or take a linear head")
+            super().__init__()
+            self.config = config
+            return
         layers: list[nn.Module] = [nn.LayerNorm(in_dim)] if config.norm else []
         width = in_dim
         if config.hidden_dim:
-            layers += [nn.Dropout(config.dropout), nn.Linear(in_dim, config.hidden_dim), nn.GELU()]
+            layers += [nn.Dropout(config.dropout), nn.Linear(in_dim, config.hidden_dim)]
+            layers.append(nn.ReLU() if config.activation == "relu" else nn.GELU())
             width = config.hidden_dim
         layers += [nn.Dropout(config.dropout), nn.Linear(width, out_dim, bias=config.bias)]
         super().__init__(*layers)
@@ -38,6 +46,7 @@ class AlignModel(nn.Module):
     Attributes:
         tower_of: stream -> key in ``towers`` (streams may share a tower).
         image_size: stream -> side of its pictures.
+        max_logit_scale: what ``scale`` never exceeds; None: no limit (SigLIP's released scales are above 100).
         active: parts such as ``image.head`` that train; everything else stays in eval mode, dropout and
             BatchNorm included.
     """
@@ -60,6 +69,7 @@ class AlignModel(nn.Module):
         # CLIP's start 1 / 0.07 for softmax; SigLIP's bias is set by the objective that uses it.
         self.logit_scale = nn.ParameterDict({n: nn.Parameter(torch.tensor(math.log(1 / 0.07))) for n in names})
         self.logit_bias = nn.ParameterDict({n: nn.Parameter(torch.tensor(0.0)) for n in names})
+        self.max_logit_scale: float | None = MAX_LOGIT_SCALE
         self.active: set[str] = set()
 
     def tower(self, stream: str) -> Tower:
@@ -127,25 +137,27 @@ class AlignModel(nn.Module):
         return out
 
     def scale(self, pair: str) -> Tensor:
-        """The exponentiated temperature of a pair, at most 100."""
-        return self.logit_scale[pair].exp().clamp(max=MAX_LOGIT_SCALE)
+        """The exponentiated temperature of a pair, at most ``max_logit_scale``."""
+        scale = self.logit_scale[pair].exp()
+        return scale if self.max_logit_scale is None else scale.clamp(max=self.max_logit_scale)
 
     def inputs(self, stream: str, items: Sequence[Any]) -> dict[str, Any]:
-        """Tower inputs from PIL pictures, waves at the extractor's rate, or texts."""
+        """Tower inputs from PIL pictures, lists of frames, waves at the extractor's rate, or texts."""
         tower = self.tower(stream)
         if tower.modality == "text":
             return tower.encode(list(items))  # type: ignore[attr-defined]
+        processor, size = tower.preprocessor(), self.image_size.get(stream)
         if tower.modality == "audio":
-            return dict(audio_inputs(tower.preprocessor(), list(items)))
-        processor = tower.preprocessor()
-        size = self.image_size.get(stream)
-        if size and hasattr(processor, "image_size"):
-            processor.image_size = size
+            return dict(audio_inputs(processor, list(items)))
+        if size:
+            set_image_size(processor, size)
+        if tower.modality == "video":
+            return dict(video_inputs(processor, list(items)))
         return dict(image_inputs(processor, list(items)))
 
     @torch.no_grad()
     def embed(self, stream: str, items: Sequence[Any], batch_size: int = 64) -> Tensor:
-        """Unit vectors [N, embedding_dim] of pictures (PIL), waves or texts."""
+        """Unit vectors [N, embedding_dim] of pictures (PIL), videos, waves or texts."""
         was = self.training
         self.eval()
         out = [

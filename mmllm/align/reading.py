@@ -45,7 +45,11 @@ def read_picture(
     return view_picture(open_picture(record, how, draft), record, how, side, rng)
 
 
-def resized_to(processor: Any, side: int) -> int:
-    """The largest side, in pixels, that an image processor resizes to: below it no picture should be decoded."""
+def resized_to(processor: Any, side: int) -> int | None:
+    """The largest side, in pixels, that an image processor resizes to: below it no picture should be decoded.
+
+    None for a processor that keeps pictures of their own size (NaFlex).
+    """
     sizes = [dict(getattr(processor, name, None) or {}) for name in ("size", "crop_size")]
-    return max([side, *(v for size in sizes for v in size.values() if isinstance(v, int))])
+    known = [v for size in sizes for v in size.values() if isinstance(v, int)]
+    return max([side, *known]) if known or hasattr(processor, "image_size") else None

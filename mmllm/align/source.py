@@ -26,24 +26,20 @@ from mmllm.data.rejected import Rejected
 from mmllm.data.transforms import build_transforms
 from mmllm.errors import UserError, unknown
 from mmllm.registry import get
-from mmllm.towers import audio_inputs, image_inputs
+from mmllm.towers import audio_inputs, image_inputs, set_image_size
 
 __all__ = ["AlignSource", "FrozenFeatures", "feature_dtype", "fingerprint", "read_picture", "source_needs", "texts_of"]
 
 
 def texts_of(record: dict[str, Any]) -> list[str]:
     """The record's texts, the label where it has none."""
-    text = record.get("text", record.get("label"))
-    if isinstance(text, dict):
-        text = list(text.values())
-    return [text] if isinstance(text, str) else list(text or [])
+    return [text for _, text in captions_of(record)]
 
 
 def text_limit(tower: Tower) -> TextLimit | None:
     """The longest text that a text tower takes; None for one that knows no limit."""
-    config: Any = getattr(tower, "config", None)
-    longest = getattr(tower, "max_length", None) or min(getattr(config, "max_position_embeddings", None) or 0, 512)
-    if not longest:
+    longest: int | None = getattr(tower, "max_length", None)
+    if longest is None:
         return None
     tokenizer = tower.preprocessor()
     return TextLimit(longest, lambda text: len(tokenizer(text, verbose=False)["input_ids"]))
@@ -143,13 +139,15 @@ class AlignSource:
                     copies=config.copies, seed=seed, name=f"{name}-{stream}", progress=progress,
                     on_bad=bad.setdefault,
                 )  # fmt: skip
-                if tower.modality == "vision" and "tokens" in fields:
+                if tower.modality == "vision" and "tokens" in fields and getattr(tower, "grid", None) is not None:
                     side = round(self.media[stream]["tokens"].shape[2] ** 0.5)
                     self.grids[stream] = (1, side, side)
             elif tower.modality == "audio" and "audio" not in self.transforms.fields:
                 self.raw[stream] = self._read_sounds(tower, progress, bad)
             else:
                 self.processors[stream] = tower.preprocessor()
+                if self.image_size[stream] and tower.modality == "vision":
+                    set_image_size(self.processors[stream], int(self.image_size[stream] or 0))
         for item, error in bad.items():
             self._reject(item, error)
         self.usable = [i for i in range(len(records)) if i not in bad]
@@ -190,7 +188,7 @@ class AlignSource:
     def _read_sounds(self, tower: Tower, progress: Progress | None, bad: dict[int, UserError]) -> dict[str, Tensor]:
         """Inputs of an audio tower that trains: [N, F, T] kept in half precision."""
         extractor = tower.preprocessor()
-        features, masks = [], []
+        rows: dict[str, list[Tensor]] = {}
 
         def wave(item: int) -> np.ndarray:
             try:
@@ -202,11 +200,14 @@ class AlignSource:
         with ThreadPoolExecutor(self.workers) as pool:
             for i in range(0, len(self.records), 64):
                 inputs = audio_inputs(extractor, list(pool.map(wave, range(i, min(i + 64, len(self.records))))))
-                features.append(inputs["input_features"].half())
-                masks.append(inputs["feature_attention_mask"].bool())
+                inputs["input_features"] = inputs["input_features"].half()
+                inputs["feature_attention_mask"] = inputs["feature_attention_mask"].bool()
+                for name, value in inputs.items():
+                    rows.setdefault(name, []).extend(value)
                 if progress is not None:
                     progress(min(i + 64, len(self.records)), len(self.records))
-        return {"input_features": torch.cat(features), "feature_attention_mask": torch.cat(masks)}
+        # Raw waveforms are as long as the longest of their 64; a fixed window leaves nothing to pad.
+        return {k: torch.nn.utils.rnn.pad_sequence(v, batch_first=True) for k, v in rows.items()}
 
     def sampler(self, total: int) -> BatchSampler:
         """The batch sampler over the usable items, for batches of ``total`` items.
@@ -275,10 +276,7 @@ class AlignSource:
                 inputs = dict(audio_inputs(self.processors[stream], [i[stream] for i in items]))
                 streams[stream] = self._heard(inputs, generator)
             else:
-                processor = self.processors[stream]
-                if hasattr(processor, "image_size"):
-                    processor.image_size = self.side(stream)
-                streams[stream] = dict(image_inputs(processor, [i[stream] for i in items]))
+                streams[stream] = dict(image_inputs(self.processors[stream], [i[stream] for i in items]))
         boxes = [i["boxes"] for i in items] if items else [self.records[i].get("boxes") for i in chosen]
         return {
             "streams": streams,
@@ -320,7 +318,8 @@ class AlignSource:
         if sides:
             # A crop needs the pixels of the whole picture.
             drafts = [resized_to(self.processors[s], side) for s, side in sides.items()]
-            item["image"] = open_picture(record, how, None if "image" in self.transforms.fields else max(drafts))
+            whole = "image" in self.transforms.fields or None in drafts
+            item["image"] = open_picture(record, how, None if whole else max(d or 0 for d in drafts))
         sounds = [s for s, m in modality.items() if m == "audio"]
         if sounds:
             item["audio"] = load_audio(medium_of(record, "audio"), self.processors[sounds[0]].sampling_rate)

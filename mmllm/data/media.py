@@ -9,6 +9,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from mmllm.blocks.sound import resample
 from mmllm.data.blob import Blob, media_file, media_name
 from mmllm.errors import UserError
 
@@ -67,18 +68,6 @@ def open_image(path: Medium, side: int | None = None) -> Image.Image:
         raise UserError("not a picture", path, "give a PNG, JPEG, WebP or GIF file") from None
     except (OSError, SyntaxError, ValueError) as e:
         raise UserError(f"broken picture ({str(e).splitlines()[0] if str(e) else type(e).__name__})", path) from None
-
-
-def resample(wave: np.ndarray, rate: int, target: int) -> np.ndarray:
-    """wave [T] at ``rate`` Hz -> the same sound at ``target`` Hz, by a polyphase filter."""
-    if rate == target:
-        return wave.astype(np.float32)
-    from math import gcd
-
-    from scipy.signal import resample_poly
-
-    common = gcd(rate, target)
-    return resample_poly(wave, target // common, rate // common).astype(np.float32)
 
 
 def load_audio(path: Medium, sampling_rate: int = 16000) -> np.ndarray:

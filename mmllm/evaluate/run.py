@@ -139,6 +139,19 @@ def write_predictions(path: Path, jobs: Sequence[Job]) -> None:
     os.replace(part, path)
 
 
+def write_trace(path: Path, decoder: Any, job: Job, decode: str, seed: int) -> None:
+    """trace.json: how a method other than greedy came to its answer to the first question, token by token."""
+    from mmllm.decode import Decoder, Request
+    from mmllm.decode.trace import trace_request
+
+    if decode == "greedy" or not isinstance(decoder, Decoder):
+        return
+    request = Request(job.task.prompt(job.sample), decode, max_new_tokens=8, seed=seed)
+    found = {"decode": decode, "question": job.sample.question, "media": job.sample.media}
+    found["steps"] = trace_request(decoder, request)
+    path.write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
 def task_name(task: EvalTask) -> str:
     return next(n for n in names("task") if get("task", n) is type(task))
 
@@ -172,7 +185,7 @@ def run_eval(
     decoder: Any = None,
     command: str = "mmllm eval",
 ) -> list[Figure]:
-    """Evaluates a model and writes ``results.json`` and ``predictions.jsonl`` into ``out``.
+    """Evaluates a model and writes ``results.json``, ``predictions.jsonl`` and ``trace.json`` into ``out``.
 
     Args:
         model_path: run folder or model folder of the multimodal LLM; not needed for ``retrieval`` alone.
@@ -222,6 +235,7 @@ def run_eval(
         answer_jobs(decoder, jobs, spec, seed)
         figures += finish(asked, jobs)
         write_predictions(folder / "predictions.jsonl", jobs)
+        write_trace(folder / "trace.json", decoder, jobs[0], spec, seed)
     if "retrieval" in chosen:
         from mmllm.evaluate.alignment import alignment_figures
 

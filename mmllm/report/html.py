@@ -201,6 +201,7 @@ def write_report(
     gallery: Sequence[Item] = (),
     facts: Mapping[str, object] | None = None,
     commands: Sequence[str] = (),
+    further: Sequence[tuple[str, str]] = (),
 ) -> Path:
     """Writes the one-page report atomically.
 
@@ -210,6 +211,7 @@ def write_report(
         gallery: pictures and sounds with questions, answers and truths.
         facts: short lines such as machine, seed, sources.
         commands: commands to go on with.
+        further: more (heading, HTML), before the commands.
     """
     sections: list[tuple[str, str]] = []
     if facts:
@@ -228,6 +230,7 @@ def write_report(
     for heading, items in (("New scenes", pictures), ("New sounds", sounds)):
         if items:
             sections.append((heading, f'{legend}<div class="cards">{"".join(map(item_html, items))}</div>'))
+    sections += further
     if commands:
         sections.append(("Go on with", f"<pre>{esc(chr(10).join(commands))}</pre>"))
     path = Path(path)

@@ -35,8 +35,8 @@ from vllm.multimodal.processing import (
     PromptReplacement,
 )
 
+from mmllm.blocks.sound import resample
 from mmllm.connectors import build_connector
-from mmllm.data.media import resample
 from mmllm.model.chat_template import AUDIO_TOKEN, IMAGE_TOKEN
 from mmllm.model.config import MMLLMConfig
 from mmllm.model.processor import MMLLMProcessor

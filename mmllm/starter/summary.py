@@ -9,7 +9,8 @@ from pathlib import Path
 import yaml
 
 from mmllm.report.figures import Figure, print_figures, read_figures, write_figures
-from mmllm.report.html import write_report
+from mmllm.report.html import esc, picture_uri, write_report
+from mmllm.report.trace import trace_svg
 
 # What the issue "The quickstart's figures" calls its floors; the full size only.
 FLOORS = {
@@ -41,6 +42,20 @@ def _decoding(out: Path, base: list[Figure]) -> list[Figure]:
 def _losses(out: Path) -> dict[str, Path]:
     files = {stage: out / stage / "metrics.jsonl" for stage in ("align", "pretrain", "tune")}
     return {stage: file for stage, file in files.items() if file.is_file()}
+
+
+def _traces(out: Path) -> list[tuple[str, str]]:
+    """For each compared method, one answer token by token."""
+    found = []
+    for spec in COMPARED:
+        file = out / f"eval_{spec}" / "trace.json"
+        if file.is_file():
+            data = json.loads(file.read_text(encoding="utf-8"))
+            picture = f'<img src="{picture_uri(data["media"][0])}" alt="">'
+            words = f"<p>{esc(data['question'])} Each column is a token of the answer, each block a view.</p>"
+            steps = f'<div style="overflow:auto">{trace_svg(data["steps"])}</div>'
+            found.append((f"How {spec} decides", picture + words + steps))
+    return found
 
 
 def _serving(out: Path) -> list[Figure]:
@@ -110,7 +125,9 @@ def summarise(out: Path, size: str, seed: int, wall_seconds: float, peak_memory_
         "How decoding changes it": compared,
         "All other figures": [f for f in figures if f.name not in shown],
     }
-    report = write_report(out / "report.html", "mmllm quickstart", tables, _losses(out), gallery, facts, commands)
+    report = write_report(
+        out / "report.html", "mmllm quickstart", tables, _losses(out), gallery, facts, commands, _traces(out)
+    )
     print_figures(first, "What it sees and hears, on pictures, voices and things it has never met")
     print_figures(compared, "The same yes/no questions, decoded against hallucination")
     if serving:

@@ -32,12 +32,13 @@ def trim_silence(wave: np.ndarray, threshold: float = 0.03) -> np.ndarray:
 
 
 class MMLLMAudioFeatureExtractor(SequenceFeatureExtractor):
-    """Log-mel spectrogram of a fixed window: trimmed, peak-normalised, centred, cut to ``max_seconds``.
+    """Log-mel spectrogram of a fixed window: trimmed, peak-normalised, centred or first, cut to ``max_seconds``.
 
     Args:
         feature_size: mel bands.
         max_seconds: window length; every item gets the same number of frames.
         hop_seconds: step between frames.
+        centre: whether a short sound stands in the middle of the window, or at its start.
     """
 
     model_input_names = ["input_features", "feature_attention_mask"]
@@ -52,11 +53,12 @@ class MMLLMAudioFeatureExtractor(SequenceFeatureExtractor):
         n_fft: int = 512,
         low_hz: float = 60.0,
         high_hz: float = 8000.0,
+        centre: bool = True,
         **kwargs: Any,
     ):
         super().__init__(feature_size=feature_size, sampling_rate=sampling_rate, padding_value=padding_value, **kwargs)
         self.max_seconds, self.hop_seconds, self.n_fft = max_seconds, hop_seconds, n_fft
-        self.low_hz, self.high_hz = low_hz, high_hz
+        self.low_hz, self.high_hz, self.centre = low_hz, high_hz, centre
 
     @property
     def num_frames(self) -> int:
@@ -66,7 +68,7 @@ class MMLLMAudioFeatureExtractor(SequenceFeatureExtractor):
         """wave [T] -> log-mel [F, frames] float32 and mask [frames], True on frames that hold sound."""
         hop, frames = round(self.hop_seconds * self.sampling_rate), self.num_frames
         wave = trim_silence(np.asarray(wave, np.float32))[: frames * hop]
-        start = (frames * hop - len(wave)) // 2
+        start = (frames * hop - len(wave)) // 2 if self.centre else 0
         padded = np.zeros((frames - 1) * hop + self.n_fft, np.float32)
         # Frame k is centred on sample k * hop + hop / 2 of the window.
         offset = (self.n_fft - hop) // 2 + start

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
+from mmllm.blocks.transformer import tapped
 from mmllm.contracts import Features, Tower
 from mmllm.towers.image_processing import MMLLMImageProcessor
 
@@ -105,18 +106,25 @@ class EfficientNetLite0Tower(Tower):
                 module.training = False
         return self
 
-    def forward(self, pixel_values: Tensor, **_: Any) -> Features:
-        """pixel_values [B, 3, H, W] -> tokens [B, ceil(H/32) * ceil(W/32), 1280]."""
+    def forward(self, pixel_values: Tensor, layers: Sequence[int] = (), **_: Any) -> Features:
+        """pixel_values [B, 3, H, W] -> tokens [B, ceil(H/32) * ceil(W/32), 1280].
+
+        Layers have the grid and width of their own block.
+        """
         x = pixel_values.to(self._conv_stem.weight.dtype)
         if x.device.type == "cpu":
             x = x.contiguous(memory_format=torch.channels_last)  # 1.6 times faster on CPUs
         x = F.relu6(self._bn0(self._conv_stem(x)))
+        states = [x]
         for block in self._blocks:
             x = block(x)
+            if layers:
+                states.append(x)
         x = F.relu6(self._bn1(self._conv_head(x)))
         tokens = x.flatten(2).transpose(1, 2)
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        return Features(tokens, mask, tokens.mean(1), grid=(1, x.shape[2], x.shape[3]))
+        taps = tapped([s.flatten(2).transpose(1, 2) for s in states], layers) if layers else None
+        return Features(tokens, mask, tokens.mean(1), grid=(1, x.shape[2], x.shape[3]), layers=taps)
 
     def frozen_copy(self) -> EfficientNetLite0Tower:
         """The same function without BatchNorm layers; ``benchmarks/tune_speed.py`` measures what that is worth."""

@@ -7,30 +7,39 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import AutoFeatureExtractor, AutoImageProcessor
 
 from mmllm.contracts import Tower
 from mmllm.errors import UserError, unknown
-from mmllm.towers.audio_features import MMLLMAudioFeatureExtractor
 from mmllm.towers.efficientnet import EfficientNetLite0Tower
-from mmllm.towers.hf import HFAudioTower, HFTextTower, HFVisionTower
-from mmllm.towers.image_processing import MMLLMImageProcessor
+from mmllm.towers.hf import HFTower, model_class
+from mmllm.towers.hf_audio import HFAudioTower
+from mmllm.towers.hf_text import HFTextTower
+from mmllm.towers.hf_vision import HFVisionTower
+from mmllm.towers.timm_models import TIMM, new_timm_tower
 from mmllm.towers.tiny import TinyAudioTower, TinyViTTower
+from mmllm.towers.tiny_sequences import TinyAudioTransformer, TinyTextTower
+from mmllm.towers.training import apply_train, merged
+from mmllm.towers.video import VideoTower
 from mmllm.towers.word_embeddings import WordEmbeddingTower
 
 OWN: dict[str, type[Tower]] = {
     "efficientnet_lite0": EfficientNetLite0Tower,
     "tiny_vit": TinyViTTower,
     "tiny_audio": TinyAudioTower,
+    "tiny_audio_transformer": TinyAudioTransformer,
+    "tiny_text": TinyTextTower,
     "word_embeddings": WordEmbeddingTower,
 }
-HF: dict[str, type[Tower]] = {"vision": HFVisionTower, "audio": HFAudioTower, "text": HFTextTower}
-TINY = {"tiny:vit": TinyViTTower, "tiny:audio": TinyAudioTower}
-SETTINGS = "tower.json"  # what a Hugging Face folder's own config.json does not say: modality, layer
+HF: dict[str, type[HFTower]] = {"vision": HFVisionTower, "audio": HFAudioTower, "text": HFTextTower}
+TINY: dict[str, type[Tower]] = {
+    "tiny:vit": TinyViTTower,
+    "tiny:audio": TinyAudioTower,
+    "tiny:audio_transformer": TinyAudioTransformer,
+    "tiny:text": TinyTextTower,
+}
+MODALITIES = (*HF, "video")
+SETTINGS = "tower.json"  # what a Hugging Face folder's own config.json does not say: modality, layer, pooling
 
 
 def build_tower(config: dict[str, Any]) -> Tower:
@@ -41,12 +50,14 @@ def build_tower(config: dict[str, Any]) -> Tower:
     """
     fields = {k: v for k, v in config.items() if k not in ("model_type", "modality")}
     kind = config.get("model_type", "")
+    if kind == "video":
+        return VideoTower(build_tower(fields.pop("vision")), **fields)
     if kind == "hf":
-        cls = HF[config["modality"]]
+        cls: type[Tower] = HF[config["modality"]]
     elif kind in OWN:
         cls = OWN[kind]
     else:
-        raise unknown("tower", kind, [*OWN, "hf"])
+        raise unknown("tower", kind, [*OWN, "hf", "video"])
     try:
         return cls(**fields)
     except TypeError as e:
@@ -57,109 +68,119 @@ def load_tower(spec: str | dict[str, Any], modality: str) -> Tower:
     """A tower with weights, in eval mode.
 
     Args:
-        spec: a local folder or hub id; ``tiny:vit`` or ``tiny:audio`` (fresh weights); or a dict with ``model`` (one of
-            these) and settings, such as ``{"model": "tiny:vit", "image_size": 32}`` or
-            ``{"model": "openai/whisper-tiny", "layer": -2}``; ``{"type": "word_embeddings", "model": LLM}``.
-        modality: ``vision``, ``audio`` or ``text``.
+        spec: a local folder or hub id; ``tiny:vit``, ``tiny:audio``, ``tiny:audio_transformer``, ``tiny:text`` or
+            ``timm:NAME`` (fresh weights); or a dict with ``model`` (one of these) and settings, such as
+            ``{"model": "tiny:vit", "image_size": 32}`` or ``{"model": "openai/whisper-tiny", "layer": -2}``;
+            ``{"type": "word_embeddings", "model": LLM}``. The setting ``train`` says what may train, see
+            ``apply_train``.
+        modality: ``vision``, ``audio``, ``text``, or ``video``, which takes a picture encoder and ``pooling`` over
+            time: ``mean`` or ``attention``.
 
     Raises:
         UserError: nothing loadable, or a tower of another modality.
     """
     settings = {"model": spec} if isinstance(spec, str) else dict(spec)
     if "model" not in settings:
-        raise UserError("a tower needs 'model'", do="a folder, a hub id, tiny:vit or tiny:audio")
+        raise UserError("a tower needs 'model'", do="a folder, a hub id, tiny:vit, tiny:audio or tiny:text")
     model, kind = str(settings.pop("model")), settings.pop("type", None)
-    if modality not in HF:
-        raise unknown("modality", modality, HF)
+    train = settings.pop("train", None)
+    if modality not in MODALITIES:
+        raise unknown("modality", modality, MODALITIES)
     try:
         tower = _load(model, kind, modality, settings)
     except TypeError as e:
         raise UserError(f"tower '{model}': {e}") from None
     if tower.modality != modality:
         raise UserError(f"'{model}' is a {tower.modality} tower, not {modality}")
+    if train is not None:
+        apply_train(tower, train)
     return tower.eval()
 
 
 def _load(model: str, kind: str | None, modality: str, settings: dict[str, Any]) -> Tower:
     if kind == "word_embeddings":
         return WordEmbeddingTower.from_folder(model, **settings)
+    if modality == "video":
+        return _load_video(model, settings)
     if model.startswith("tiny:"):
         if model not in TINY:
             raise unknown("tower", model, TINY)
         return TINY[model](**settings)
+    if model.startswith(TIMM):
+        return new_timm_tower(model.removeprefix(TIMM), settings)
     folder = Path(model)
-    config_file = folder / "config.json"
-    if folder.exists() and not config_file.is_file():
-        raise UserError("no config.json in this folder", folder, "give a model folder, or the run's final/image")
-    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+    config = _config_of(folder)
     if config.get("model_type") not in OWN:
         if (folder / SETTINGS).is_file():
             saved = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-            settings = {"layer": saved["layer"], "encoder_only": saved["encoder_only"], **settings}
-        return HF[modality].from_folder(model, **settings)  # type: ignore[attr-defined]
+            settings = {"pooling": HF[modality].OLD_POOLING, **saved, **settings}
+            del settings["modality"]
+        return HF[modality].from_folder(model, **settings)
     # A folder may say more about its model (classes, width) than the tower takes.
     known = {"model_type", "modality", *inspect.signature(OWN[config["model_type"]]).parameters}
     tower = build_tower({**{k: v for k, v in config.items() if k in known}, **settings})
-    state = load_file(str(folder / "model.safetensors"))
-    # The published EfficientNet also carries its ImageNet classifier, which no tower has.
-    state = {k: v for k, v in state.items() if not k.startswith("_fc.")}
-    missing, unexpected = tower.load_state_dict(state, strict=False)
-    if missing or unexpected:
-        raise UserError(
-            f"weights do not fit: {len(missing)} missing, {len(unexpected)} unexpected", folder / "model.safetensors"
-        )
-    if isinstance(tower, WordEmbeddingTower):
-        tower.source = model
+    _load_weights(tower, folder)
+    if hasattr(tower, "source"):
+        tower.source = model  # type: ignore[assignment]
     return tower
 
 
+def _load_video(model: str, settings: dict[str, Any]) -> Tower:
+    """A saved video tower, or a picture encoder with a fresh pooling over time."""
+    folder = Path(model)
+    saved = (folder / "config.json").is_file() and _config_of(folder).get("model_type") == "video"
+    pooling = settings.pop("pooling", _config_of(folder)["pooling"] if saved else "mean")
+    vision = load_tower({"model": str(folder / "vision") if saved else model, **settings}, "vision")
+    tower = VideoTower(vision, pooling)
+    if saved and tower.score is not None:
+        _load_weights(tower.score, folder)
+    return tower
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    """config.json of a folder; empty for a hub id.
+
+    Raises:
+        UserError: a folder without one.
+    """
+    file = folder / "config.json"
+    if folder.exists() and not file.is_file():
+        raise UserError("no config.json in this folder", folder, "give a model folder, or the run's final/image")
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _load_weights(module: Any, folder: Path) -> None:
+    file = folder / "model.safetensors"
+    # The published EfficientNet also carries its ImageNet classifier, which no tower has.
+    state = {k: v for k, v in load_file(str(file)).items() if not k.startswith("_fc.")}
+    missing, unexpected = module.load_state_dict(state, strict=False)
+    if missing or unexpected:
+        raise UserError(f"weights do not fit: {len(missing)} missing, {len(unexpected)} unexpected", file)
+
+
 def save_tower(tower: Tower, folder: str | Path) -> None:
-    """Writes config, weights (safetensors) and preprocessor, so that ``load_tower(folder)`` gives the same tower."""
+    """Writes config, weights (safetensors) and preprocessor, so that ``load_tower(folder)`` gives the same tower.
+
+    Adapters (LoRA) are merged into the weights.
+    """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    if hasattr(tower, "save_pretrained"):
+    tower = merged(tower)
+    config, module = tower.to_config(), tower
+    if isinstance(tower, HFTower):
+        tower.save_pretrained(path)
+        encoder_only = type(tower.model) is not model_class(tower.config)
+        saved = {"modality": tower.modality, **tower.settings(), "encoder_only": encoder_only}
+        (path / SETTINGS).write_text(json.dumps(saved), encoding="utf-8")
+        return
+    if isinstance(tower, VideoTower):
+        save_tower(tower.vision, path / "vision")
+        config = {k: v for k, v in config.items() if k != "vision"}
+        module = tower.score
+    elif hasattr(tower, "save_pretrained"):
         tower.save_pretrained(path)  # type: ignore[operator]
     else:
         tower.preprocessor().save_pretrained(path)
-    config = tower.to_config()
-    if config["model_type"] == "hf":
-        encoder_only = bool(config["config"].get("is_encoder_decoder"))
-        saved = {"modality": tower.modality, "layer": config["layer"], "encoder_only": encoder_only}
-        (path / SETTINGS).write_text(json.dumps(saved), encoding="utf-8")
-        return
-    state = {k: v.detach().cpu().contiguous() for k, v in tower.state_dict().items()}
+    state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()} if module is not None else {}
     save_file(state, str(path / "model.safetensors"), metadata={"format": "pt"})
     (path / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-
-
-def load_preprocessor(folder: str | Path, modality: str) -> Any:
-    """The image processor or feature extractor saved in a folder, ours or one of transformers."""
-    file = Path(folder) / "preprocessor_config.json"
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    if "MMLLMImageProcessor" in text:
-        return MMLLMImageProcessor.from_pretrained(folder)
-    if "MMLLMAudioFeatureExtractor" in text:
-        return MMLLMAudioFeatureExtractor.from_pretrained(folder)
-    return (AutoImageProcessor if modality == "vision" else AutoFeatureExtractor).from_pretrained(folder)
-
-
-def image_inputs(processor: Any, images: list[Any]) -> dict[str, Tensor]:
-    """Pictures (PIL) -> {"pixel_values": [B, 3, H, W]} by our processor or any of transformers."""
-    out = processor(images=images, return_tensors="pt")
-    return {"pixel_values": out["pixel_values"]}
-
-
-def audio_inputs(extractor: Any, waves: list[np.ndarray]) -> dict[str, Tensor]:
-    """Waves [T] at the extractor's rate -> ``input_features``, ``feature_attention_mask``, whatever it calls them."""
-    own = isinstance(extractor, MMLLMAudioFeatureExtractor)
-    extra = (
-        {}
-        if own
-        else {"return_attention_mask": True, "padding": "max_length" if hasattr(extractor, "chunk_length") else True}
-    )
-    out = extractor(waves, sampling_rate=extractor.sampling_rate, return_tensors="pt", **extra)
-    features = out["input_features"] if "input_features" in out else out["input_values"]
-    mask = out.get("feature_attention_mask", out.get("attention_mask"))
-    if mask is None:
-        mask = torch.ones(features.shape[0], features.shape[-1], dtype=torch.long)
-    return {"input_features": features, "feature_attention_mask": mask}

@@ -1,25 +1,25 @@
-"""Any encoder of transformers as a tower: vision, audio and text models by local folder or hub id."""
+"""What towers made of transformers' encoders share: which class a config asks for, loading, saving, taps."""
 
 from __future__ import annotations
 
+import inspect
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoFeatureExtractor,
-    AutoImageProcessor,
-    AutoModel,
-    AutoTokenizer,
-    PreTrainedConfig,
-)
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig
 
-from mmllm.contracts import Features, Tower
-from mmllm.errors import UserError
+from mmllm.blocks.transformer import tapped
+from mmllm.contracts import Tower
+from mmllm.errors import UserError, unknown
 
+log = logging.getLogger(__name__)
 PARTS = {"vision": "vision_config", "text": "text_config", "audio": "audio_config"}
+INPUTS = {"vision": ("pixel_values",), "text": ("input_ids",), "audio": ("input_features", "input_values")}
 
 
 def encoder_config(config: PreTrainedConfig, modality: str) -> PreTrainedConfig:
@@ -28,16 +28,65 @@ def encoder_config(config: PreTrainedConfig, modality: str) -> PreTrainedConfig:
 
 
 def encoder_of(model: Any) -> Any:
-    """The encoder of an encoder-decoder model (Whisper); any other model as it is."""
-    if getattr(model.config, "is_encoder_decoder", False):
-        return model.get_encoder()
-    return model
+    """The encoder of an encoder-decoder model (Whisper, T5); any other model as it is."""
+    # Not by config.is_encoder_decoder: T5's encoder alone is published with T5's config and "false".
+    both = hasattr(model, "encoder") and hasattr(model, "decoder")
+    return model.get_encoder() if both else model
 
 
-def encoder_class(config: PreTrainedConfig) -> type:
+def model_class(config: PreTrainedConfig) -> Any:
+    """The bare model for a config: AutoModel's choice, else (the halves of SigLIP and CLAP) the class of that name.
+
+    Raises:
+        UserError: transformers has neither.
+    """
+    if type(config) in MODEL_MAPPING:
+        found = MODEL_MAPPING[type(config)]
+        return found[0] if isinstance(found, (tuple, list)) else found
+    name = type(config).__name__.replace("Config", "Model")
+    found = getattr(transformers, name, None)
+    if found is None:
+        raise UserError(f"transformers has no bare model for '{config.model_type}'")
+    return found
+
+
+def encoder_class(config: PreTrainedConfig) -> Any:
     """The class of the encoder inside an encoder-decoder model."""
     with torch.device("meta"):
         return type(encoder_of(AutoModel.from_config(config)))
+
+
+def load_encoder(path: str, modality: str, encoder_only: bool = False) -> tuple[Any, PreTrainedConfig, set[str]]:
+    """The encoder of one modality in a folder or hub id, its config, and the weights that the folder lacks.
+
+    Raises:
+        UserError: nothing loadable there, or no encoder of this modality.
+    """
+    try:
+        whole = AutoConfig.from_pretrained(path)
+        config = encoder_config(whole, modality)
+        cls = encoder_class(config) if encoder_only else model_class(whole)
+        settings = {"config": config} if encoder_only else {}
+        model, info = cls.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **settings)
+    except ImportError as e:
+        raise UserError(f"this model needs another library ({str(e).strip().splitlines()[0]})", path) from None
+    except (OSError, ValueError) as e:
+        raise UserError(f"cannot load a {modality} model: {str(e).splitlines()[0]}", path) from None
+    missing = set(info["missing_keys"])
+    if config is not whole and not encoder_only:
+        part = f"{modality}_model"
+        model = getattr(model, part, None)
+        if model is None:
+            raise UserError(f"the {modality} part of a '{whole.model_type}' model cannot be taken out", path)
+        missing = {k for k in missing if k.startswith(f"{part}.")}
+    if encoder_of(model) is not model:
+        missing = {k for k in missing if not k.startswith("decoder.")}
+    # Stand in for masked inputs in pretraining; models fine-tuned since are often published without.
+    missing = {k for k in missing if k.rsplit(".", 1)[-1] not in ("masked_spec_embed", "mask_token")}
+    model = encoder_of(model).eval()
+    if model.main_input_name not in INPUTS[modality]:
+        raise UserError(f"a '{config.model_type}' takes {model.main_input_name}: it is no {modality} model", path)
+    return model, config, missing
 
 
 class HFTower(Tower):
@@ -46,20 +95,49 @@ class HFTower(Tower):
     Args:
         config: the model's own config as a dict (with ``model_type``).
         layer: which hidden state gives the tokens; -1 is the last output of the model, final norm included.
+        pooling: how ``pooled`` is made, see the subclasses; ``auto`` picks by the kind of model.
     """
 
+    POOLINGS: tuple[str, ...] = ("auto", "pooler", "mean")
+    # What `pooled` was before there was a choice; folders from then must give the numbers their heads were trained on.
+    OLD_POOLING = "mean"
+    WITHOUT_POOLER = "mean"
+
     def __init__(
-        self, config: dict[str, Any], layer: int = -1, model: nn.Module | None = None, source: str | None = None
+        self,
+        config: dict[str, Any],
+        layer: int = -1,
+        pooling: str = "auto",
+        model: nn.Module | None = None,
+        source: str | None = None,
     ):
         super().__init__()
+        if pooling not in self.POOLINGS:
+            raise unknown("pooling", pooling, self.POOLINGS)
         fields = {k: v for k, v in config.items() if k not in ("model_type", "transformers_version")}
         self.config = AutoConfig.for_model(config["model_type"], **fields)
         self.layer, self.source = layer, source
+        self.pooling = self.default_pooling() if pooling == "auto" else pooling
         # The whole class tree is kept for encoder-decoder models only as long as it takes to pick the encoder.
-        self.model = encoder_of(AutoModel.from_config(self.config)) if model is None else model
-        self.hidden_size = int(
-            getattr(self.config, "hidden_size", 0) or getattr(self.config, "d_model", 0) or self.config.hidden_sizes[-1]
-        )
+        self.model: Any = encoder_of(model_class(self.config)._from_config(self.config)) if model is None else model
+        self._preprocessor: Any = None
+        if self.pooling not in ("auto", "pooler"):
+            self._drop_pooler()
+
+    def _drop_pooler(self) -> None:
+        """Takes an unused pooler away: parameters that never get a gradient stop distributed training."""
+        optional = "add_pooling_layer" in inspect.signature(type(self.model).__init__).parameters
+        if optional and getattr(self.model, "pooler", None) is not None:
+            self.model.pooler = None
+
+    @property
+    def hidden_size(self) -> int:  # type: ignore[override]
+        c = self.config
+        return int(getattr(c, "hidden_size", 0) or getattr(c, "d_model", 0) or c.hidden_sizes[-1])
+
+    def default_pooling(self) -> str:
+        """What ``auto`` means for this model."""
+        return "auto"
 
     @classmethod
     def from_folder(cls, path: str, encoder_only: bool = False, **settings: Any) -> HFTower:
@@ -69,137 +147,74 @@ class HFTower(Tower):
             encoder_only: the folder holds just the encoder of an encoder-decoder model, as ``save_tower`` writes it.
 
         Raises:
-            UserError: nothing loadable there.
+            UserError: nothing loadable there, or weights are missing. Without those of a pooler, ``auto`` pools by the
+                class token or the mean, and says so.
         """
-        try:
-            config = encoder_config(AutoConfig.from_pretrained(path), cls.modality)
-            model = (encoder_class(config) if encoder_only else AutoModel).from_pretrained(
-                path, config=config, dtype=torch.float32
-            )
-        except (OSError, ValueError) as e:
-            raise UserError(f"cannot load a {cls.modality} model: {str(e).splitlines()[0]}", path) from None
-        return cls(config.to_dict(), model=encoder_of(model).eval(), source=path, **settings)
+        model, config, missing = load_encoder(path, cls.modality, encoder_only)
+        tower = cls(config.to_dict(), model=model, source=path, **settings)
+        poolers = {k for k in missing if "pooler" in k.split(".")}
+        lost = missing if settings.get("pooling") == "pooler" else missing - poolers
+        if lost:
+            raise UserError(f"{len(lost)} weights of the {cls.modality} model are missing: {sorted(lost)[0]}", path)
+        if poolers and tower.pooling in ("auto", "pooler"):
+            log.warning("%s has no weights for its pooler: pooling by '%s' instead", path, cls.WITHOUT_POOLER)
+            tower.pooling = cls.WITHOUT_POOLER
+            tower._drop_pooler()
+        return tower
 
-    def run(self, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
-        """Tokens of the chosen layer and the model's whole output."""
-        out = self.model(**inputs, output_hidden_states=self.layer != -1)
-        return (out.last_hidden_state if self.layer == -1 else out.hidden_states[self.layer]), out
+    def run(self, inputs: dict[str, Any], layers: Sequence[int] = ()) -> tuple[Tensor, Any, dict[int, Tensor] | None]:
+        """Tokens of the chosen layer, the model's whole output, and the asked hidden states."""
+        out = self.model(**inputs, output_hidden_states=self.layer != -1 or bool(layers))
+        tokens = out.last_hidden_state if self.layer == -1 else out.hidden_states[self.layer]
+        return tokens, out, tapped(out.hidden_states, layers) if layers else None
+
+    def pooler_output(self, out: Any) -> Tensor:
+        """The model's own pooled output.
+
+        Raises:
+            UserError: it has none.
+        """
+        pooled = getattr(out, "pooler_output", None)
+        if pooled is None:
+            valid = ", ".join(p for p in self.POOLINGS if p not in ("auto", "pooler"))
+            raise UserError(f"'{self.config.model_type}' has no pooled output of its own", "pooling", f"choose {valid}")
+        return pooled
 
     def to_config(self) -> dict[str, Any]:
-        return {"model_type": "hf", "modality": self.modality, "layer": self.layer, "config": self.config.to_dict()}
+        own = {"layer": self.layer, "pooling": self.pooling}
+        return {"model_type": "hf", "modality": self.modality, **own, "config": self.config.to_dict()}
+
+    def settings(self) -> dict[str, Any]:
+        """What a Hugging Face folder's config.json does not say about this tower."""
+        config = self.to_config()
+        return {k: v for k, v in config.items() if k not in ("model_type", "modality", "config")}
 
     def save_pretrained(self, folder: str | Path) -> None:
-        self.model.save_pretrained(folder)  # type: ignore[operator]
-        self.preprocessor().save_pretrained(folder)
+        """Model, and the preprocessor where there is one."""
+        self.model.save_pretrained(folder)
+        self.save_preprocessor(folder)
 
-    def _source(self) -> str:
-        if self.source is None:
-            raise UserError(
-                "this tower was built without weights and has no preprocessor",
-                do="load it with load_tower",
-            )
-        return self.source
-
-
-class HFVisionTower(HFTower):
-    """Grid tokens of a vision transformer or CNN; class and register tokens serve ``pooled`` and are then dropped."""
-
-    modality = "vision"
-
-    def forward(self, pixel_values: Tensor, **_: Any) -> Features:
-        tokens, out = self.run({"pixel_values": pixel_values.to(next(self.model.parameters()).dtype)})
-        pooled = getattr(out, "pooler_output", None)
-        if tokens.ndim == 4:  # a CNN's [B, D, h, w]
-            grid = (1, tokens.shape[2], tokens.shape[3])
-            tokens = tokens.flatten(2).transpose(1, 2)
-        else:
-            grid = self.grid
-            prefix = tokens.shape[1] - grid[1] * grid[2]
-            if prefix and pooled is None:
-                pooled = tokens[:, 0]
-            tokens = tokens[:, prefix:]
-        pooled = tokens.mean(1) if pooled is None else pooled.flatten(1)
-        return Features(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device), pooled, grid=grid)
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        size = self.config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        patch = getattr(self.config, "patch_size", None) or 32  # CNNs of the ResNet kind reduce by 32
-        patch = patch if isinstance(patch, int) else patch[0]
-        return (1, height // patch, width // patch)
-
-    def num_tokens(self, length: Any = None) -> int:
-        return self.grid[1] * self.grid[2]
+    def save_preprocessor(self, folder: str | Path) -> None:
+        """Writes the preprocessor; a tower whose source has none is saved without."""
+        try:
+            made = self.preprocessor()
+        except UserError as e:
+            log.warning("saved without a preprocessor: %s", e)
+            return
+        made.save_pretrained(folder)
 
     def preprocessor(self) -> Any:
-        return AutoImageProcessor.from_pretrained(self._source())
+        if self._preprocessor is None:
+            if self.source is None:
+                what = f"this {self.modality} tower has no preprocessor"
+                raise UserError(what, do="load a folder that has one, or give it one with use_preprocessor")
+            self._preprocessor = self.load_preprocessor(self.source)
+        return self._preprocessor
 
+    def use_preprocessor(self, preprocessor: Any) -> None:
+        """Gives the tower a preprocessor of the caller's making."""
+        self._preprocessor = preprocessor
 
-class HFAudioTower(HFTower):
-    """Frame tokens of Whisper's encoder, AST or wav2vec 2.0; the input is whatever that model's extractor makes."""
-
-    modality = "audio"
-
-    def forward(self, input_features: Tensor, feature_attention_mask: Tensor | None = None, **_: Any) -> Features:
-        kind, dtype = self.config.model_type, next(self.model.parameters()).dtype
-        x = input_features.to(dtype)
-        if kind == "whisper":
-            tokens, out = self.run({"input_features": x})
-        elif kind == "audio-spectrogram-transformer":
-            tokens, out = self.run({"input_values": x})
-        else:
-            tokens, out = self.run({"input_values": x, "attention_mask": feature_attention_mask})
-        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        if feature_attention_mask is not None and kind != "audio-spectrogram-transformer":
-            lengths = torch.tensor(
-                [self.num_tokens(int(n)) for n in feature_attention_mask.sum(1)], device=tokens.device
-            )
-            mask = torch.arange(tokens.shape[1], device=tokens.device)[None] < lengths[:, None]
-        weight = mask[..., None].to(tokens.dtype)
-        return Features(tokens, mask, (tokens * weight).sum(1) / weight.sum(1).clamp(min=1))
-
-    def num_tokens(self, length: Any = None) -> int:
-        """Tokens for ``length`` valid input frames (samples for wav2vec 2.0); None means a full window."""
-        c = self.config
-        if c.model_type == "whisper":
-            return c.max_source_positions if length is None else (int(length) - 1) // 2 + 1
-        if c.model_type == "audio-spectrogram-transformer":
-            down = lambda n, stride: (n - c.patch_size) // stride + 1  # noqa: E731
-            return down(c.num_mel_bins, c.frequency_stride) * down(c.max_length, c.time_stride) + 2
-        if length is None:
-            raise UserError(f"{c.model_type} gives a number of tokens that depends on the sound's length")
-        n = int(length)
-        for kernel, stride in zip(c.conv_kernel, c.conv_stride):
-            n = (n - kernel) // stride + 1
-        return n
-
-    def preprocessor(self) -> Any:
-        return AutoFeatureExtractor.from_pretrained(self._source())
-
-
-class HFTextTower(HFTower):
-    """Token states of a text encoder; ``pooled`` is their mean over valid tokens (sentence-transformers' pooling)."""
-
-    modality = "text"
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Features:
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        tokens, _out = self.run({"input_ids": input_ids, "attention_mask": mask})
-        weight = mask[..., None].to(tokens.dtype)
-        pooled = (tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
-        return Features(tokens, mask.bool(), pooled, input_ids=input_ids)
-
-    def encode(self, texts: list[str]) -> dict[str, Tensor]:
-        """input_ids and attention_mask [B, L], cut at the model's longest input."""
-        longest = min(getattr(self.config, "max_position_embeddings", 512), 512)
-        out = self.preprocessor()(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
-        return {"input_ids": out["input_ids"], "attention_mask": out["attention_mask"]}
-
-    def num_tokens(self, length: Any = None) -> int:
-        return int(length or self.config.max_position_embeddings)
-
-    def preprocessor(self) -> Any:
-        if not hasattr(self, "_tokenizer"):
-            self._tokenizer = AutoTokenizer.from_pretrained(self._source())
-        return self._tokenizer
+    def load_preprocessor(self, source: str) -> Any:
+        """The preprocessor in the folder or hub id ``source``."""
+        raise NotImplementedError

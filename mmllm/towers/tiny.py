@@ -1,13 +1,15 @@
-"""Small towers trained from scratch: a ViT for demonstrations and tests, and the audio tower of the starter recipe."""
+"""Small towers of pictures and sounds to train from scratch: a ViT, and the audio tower of the starter recipe."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmllm.blocks.transformer import Encoder, tapped
 from mmllm.contracts import Features, Tower
 from mmllm.towers.audio_features import MMLLMAudioFeatureExtractor
 from mmllm.towers.image_processing import MMLLMImageProcessor
@@ -27,18 +29,16 @@ class TinyViTTower(Tower):
         side = image_size // patch_size
         self.patch_embedding = nn.Conv2d(3, hidden_size, patch_size, patch_size)
         self.position_embedding = nn.Parameter(torch.randn(1, side * side, hidden_size) * 0.02)
-        layer = nn.TransformerEncoderLayer(
-            hidden_size, heads, 4 * hidden_size, dropout=0.0, activation=F.gelu, batch_first=True, norm_first=True
-        )
-        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.encoder = Encoder(hidden_size, heads, layers)
         self.norm = nn.LayerNorm(hidden_size)
 
-    def forward(self, pixel_values: Tensor, **_: Any) -> Features:
+    def forward(self, pixel_values: Tensor, layers: Sequence[int] = (), **_: Any) -> Features:
         """pixel_values [B, 3, image_size, image_size] -> tokens [B, (image_size / patch_size)^2, hidden_size]."""
         x = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
-        tokens = self.norm(self.encoder(x + self.position_embedding))
+        out, states = self.encoder(x + self.position_embedding, taps=layers)
+        tokens = self.norm(out)
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        return Features(tokens, mask, tokens.mean(1), grid=self.grid)
+        return Features(tokens, mask, tokens.mean(1), grid=self.grid, layers=states)
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -99,18 +99,36 @@ class TinyAudioTower(Tower):
         self.attention = nn.Conv1d(hidden_size, 4, 1)
         self.pool = nn.Linear(5 * hidden_size, hidden_size)
 
-    def forward(self, input_features: Tensor, feature_attention_mask: Tensor | None = None, **_: Any) -> Features:
-        """input_features [B, mel, T] log power -> tokens [B, ceil(T / 4), hidden_size]."""
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The convolutions from first to last, for ``train: {last_n: k}``."""
+        return [*self.stem, *self.layers]
+
+    def forward(
+        self,
+        input_features: Tensor,
+        feature_attention_mask: Tensor | None = None,
+        layers: Sequence[int] = (),
+        **_: Any,
+    ) -> Features:
+        """input_features [B, mel, T] log power -> tokens [B, ceil(T / 4), hidden_size].
+
+        Layer 0 is the output of the stem, k that of residual block k.
+        """
         x = input_features.float()
         # The level and contrast of a recording say nothing about the word: each item gets mean 0 and deviation 1.
         x = (x - x.mean((1, 2), keepdim=True)) / x.std((1, 2), keepdim=True).clamp(min=1e-3)
-        h = self.layers(self.stem(x.to(self.pool.weight.dtype)))
+        h = self.stem(x.to(self.pool.weight.dtype))
+        states = [h.transpose(1, 2)]
+        for block in self.layers:
+            h = block(h)
+            states.append(h.transpose(1, 2))
         weights = self.attention(h).softmax(-1)
         attended = torch.einsum("bkt,bct->bkc", weights, h).flatten(1)
         pooled = self.pool(torch.cat([attended, h.amax(-1)], 1))
         tokens = h.transpose(1, 2)
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        return Features(tokens, mask, pooled)
+        return Features(tokens, mask, pooled, layers=tapped(states, layers))
 
     def num_tokens(self, length: Any = None) -> int:
         """Always the tokens of the whole window."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mmllm.blocks.transformer import tapped
 from mmllm.contracts import Features, Tower
 from mmllm.errors import UserError
 
@@ -53,12 +55,15 @@ class WordEmbeddingTower(Tower):
             out[row, : len(i)], mask[row, : len(i)] = torch.tensor(i), 1
         return {"input_ids": out, "attention_mask": mask}
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Features:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, layers: Sequence[int] = (), **_: Any
+    ) -> Features:
+        """input_ids [B, L] -> tokens [B, L, hidden_size]; they are the only layer."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         tokens = self.weight[input_ids]
         weight = mask[..., None].to(tokens.dtype)
         pooled = (tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
-        return Features(tokens, mask.bool(), pooled, input_ids=input_ids)
+        return Features(tokens, mask.bool(), pooled, layers=tapped([tokens], layers), input_ids=input_ids)
 
     def num_tokens(self, length: Any = None) -> int:
         return int(length or 1)

@@ -138,7 +138,7 @@ class AlignStage:
         for name, stream in self.config.streams.items():
             width = towers[tower_of[name]].hidden_size
             if stream.head is not None:
-                heads[name] = ProjectionHead(width, dim, stream.head)
+                heads[name] = ProjectionHead(towers[tower_of[name]].pooled_size, dim, stream.head)
             if stream.connector is not None:
                 out_dim = towers[self.config.words].hidden_size if self.config.words else dim
                 spec = {"in_dim": width, "out_dim": out_dim, **stream.connector}
@@ -248,9 +248,13 @@ class AlignStage:
             if name not in parts:
                 raise unknown("part", name, parts, f"phase '{phase.name}', learning_rates")
         base = float(phase.train.get("learning_rate", self.config.train.learning_rate))
-        groups: list[tuple[str, list[Any], float | None]] = [
-            (n, list(parts[n].parameters()), phase.learning_rates.get(n)) for n in dict.fromkeys(wanted)
-        ]
+        groups: list[tuple[str, list[Any], float | None]] = []
+        for name in dict.fromkeys(wanted):
+            may = getattr(parts[name], "trainable", parts[name].parameters)
+            groups.append((name, list(may()), phase.learning_rates.get(name)))
+            if name.endswith(".tower") and not groups[-1][1]:
+                do = f"leave {name} out, or let its tower's 'train' be full, last_n or lora"
+                raise UserError(f"'{name}' is frozen by its own 'train: none'", f"phase '{phase.name}', trains", do)
         used = {o.pair_name for o in step.objectives if hasattr(o, "pair_name")}
         scales = [self.model.logit_scale[p] for p in sorted(used)]
         scales += [self.model.logit_bias[o.pair_name] for o in step.objectives if hasattr(o, "initial_bias")]

@@ -17,6 +17,7 @@ from mmllm.errors import UserError
 from mmllm.model import MMLLMForConditionalGeneration, MMLLMProcessor, build_model, load_model
 from mmllm.model.fast_lora import fuse_lora
 from mmllm.towers import load_tower
+from mmllm.towers.training import merged
 from mmllm.train.params import ParamGroup, set_trainable
 from mmllm.train.run import final_folder, read_info
 from mmllm.train.tune import ModalitySection, TuneConfig
@@ -128,7 +129,7 @@ def adapt(model: MMLLMForConditionalGeneration, config: TuneConfig) -> list[Para
 
     def part(name: str) -> list[torch.nn.Parameter]:
         module = getattr(model, name)
-        return list(module.parameters()) if module is not None else []
+        return list(getattr(module, "trainable", module.parameters)()) if module is not None else []
 
     if train.connector == "full":
         params = part("vision_connector") + part("audio_connector")
@@ -139,6 +140,8 @@ def adapt(model: MMLLMForConditionalGeneration, config: TuneConfig) -> list[Para
         groups.append(ParamGroup("llm", list(model.language_model.parameters()), rate("llm")))
     for name in MODALITIES:
         if getattr(train, name) == "full":
+            if getattr(model, f"{name}_tower") is not None and not part(f"{name}_tower"):
+                raise UserError(f"the {name} tower is frozen by its own 'train: none'", f"train.{name}")
             groups.append(ParamGroup(f"{name}_tower", part(f"{name}_tower"), rate(name)))  # type: ignore[arg-type]
     if not any(g.params for g in groups):
         raise UserError("nothing trains", "train", "set connector: full or llm: lora")
@@ -177,6 +180,10 @@ def add_lora(model: MMLLMForConditionalGeneration, config: TuneConfig) -> list[t
 
 def save_final(model: MMLLMForConditionalGeneration, processor: MMLLMProcessor, folder: Path) -> None:
     """Writes a complete model folder; with LoRA also the adapter alone in ``adapter/``, and merged in the weights."""
+    for name in MODALITIES:
+        tower = getattr(model, f"{name}_tower")
+        if tower is not None:
+            setattr(model, f"{name}_tower", merged(tower))
     llm: Any = model.language_model
     if hasattr(llm, "merge_and_unload"):
         llm.save_pretrained(folder / "adapter", save_embedding_layers=False)  # embeddings do not train

@@ -141,3 +141,59 @@ def test_results_name_their_sources(settings, world, tmp_path):
     finally:
         (world / "dataset.json").unlink()
     assert json.loads((out / "final" / "results.json").read_text())["sources"] == [{"name": "drawn here"}]
+
+
+def test_towers_train_as_their_spec_says(settings, world, tmp_path):
+    """last_n of the pictures, adapters in the text encoder: nothing else moves, and final/ is plain folders."""
+    from mmllm.towers import load_tower
+    from mmllm.train.align import AlignStage
+    from mmllm.train.run import RunFolder
+
+    settings["streams"]["image"]["tower"] = {
+        **settings["streams"]["image"]["tower"],
+        "layers": 2,
+        "train": {"last_n": 1},
+    }
+    settings["streams"]["text"]["tower"] = {
+        "model": str(world / "text"),
+        "train": {"lora": {"r": 2, "targets": ["query"]}},
+    }
+    del settings["phases"]["words"]
+    phase = settings["phases"]["both"]
+    phase |= {"trains": ["image.tower", "text.tower", "audio.head"], "train": {"max_steps": 2}}
+    config = parse_config(settings, AlignConfig)
+    made = AlignStage(config, RunFolder.open(tmp_path / "stage", "align", config))
+    before = {k: v.clone() for k, v in made.model.state_dict().items()}
+    made.train_phase(0, config.phases["both"])
+    changed = {k for k, v in made.model.state_dict().items() if not torch.equal(v, before[k])}
+    towers = {k.removeprefix("towers.") for k in changed if k.startswith("towers.")}
+    assert {t.split(".")[0] for t in towers} == {"image", "text"}
+    assert all(t.startswith(("image.encoder.layers.1.", "image.norm.")) or ".query.lora_" in t for t in towers)
+
+    settings["measures"] = {}
+    final = run(settings, tmp_path / "run") / "final"
+    plain = load_tower(str(world / "text"), "text")
+    trained = load_tower(str(final / "text"), "text")
+    differ = {n for n, p in trained.named_parameters() if not torch.equal(p, plain.state_dict()[n])}
+    assert differ == {"model.encoder.layer.0.attention.self.query.weight"}
+
+
+def test_a_tower_that_is_frozen_by_its_spec_cannot_be_trained(settings, tmp_path):
+    settings["streams"]["image"]["tower"]["train"] = "none"
+    with pytest.raises(UserError, match="'image.tower' is frozen by its own 'train: none'"):
+        run(settings, tmp_path / "run")
+
+
+def test_folders_from_before_the_limit_of_the_scale_was_saved(settings, tmp_path):
+    settings["measures"] = {}
+    for phase in settings["phases"].values():
+        phase["train"]["max_steps"] = 1
+    final = run(settings, tmp_path / "run") / "final"
+    info = json.loads((final / "align.json").read_text())
+    assert info.pop("max_logit_scale") == 100.0
+    (final / "align.json").write_text(json.dumps(info))
+    model = load_align(final)
+    model.logit_scale["image:text"].data.fill_(9.0)
+    assert float(model.scale("image:text")) == 100.0
+    model.max_logit_scale = None
+    assert float(model.scale("image:text")) > 8000

@@ -315,3 +315,15 @@ def test_rejected_needs_no_file():
     rejected.add("x", "a", "here", "bad")
     rejected.check("x")
     assert rejected.count() == 1
+
+
+def test_no_picture_is_decoded_smaller_than_its_processor_resizes_to():
+    from transformers import CLIPImageProcessor, Siglip2ImageProcessor
+
+    from mmllm.align.reading import resized_to
+    from mmllm.towers import MMLLMImageProcessor
+
+    assert resized_to(MMLLMImageProcessor(image_size=64), 64) == 64
+    clip = CLIPImageProcessor(size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224})
+    assert resized_to(clip, 224) == 256
+    assert resized_to(Siglip2ImageProcessor(), 224) is None

@@ -1,6 +1,5 @@
 """The decoder on our own model class, with pictures and sounds in one batch."""
 
-
 import numpy as np
 import pytest
 import torch
@@ -54,7 +53,10 @@ def test_greedy_equals_generate(parts):
         assert result.prompt_tokens == given["input_ids"].shape[1]
 
 
-@pytest.mark.parametrize("method", ["greedy", "vcd:step=900,beta=0", "ritual:transform=vflip"])
+@pytest.mark.parametrize(
+    "method",
+    ["greedy", "vcd:step=900,beta=0", "ritual:transform=vflip", "no_image", "blank+audio_noise", "icd", "pai", "dola"],
+)
 def test_sharing_and_batching_change_nothing(parts, method):
     asked = [Request(c, method, max_new_tokens=5, seed=2) for c in CHATS]
     candidates = [["yes", "no", "a dog, a bell"]] * len(asked)
@@ -65,10 +67,19 @@ def test_sharing_and_batching_change_nothing(parts, method):
         assert a == pytest.approx(b, abs=1e-3)
 
 
-def test_noise_reaches_sounds_too(parts):
-    asked = [Request(CHATS[3]), Request(CHATS[3], "vcd:alpha=1,step=999,beta=0")]
-    base, noised = Decoder(*parts).score(asked, [["yes"], ["yes"]])
-    assert base[0] != pytest.approx(noised[0], abs=1e-3)
+@pytest.mark.parametrize(
+    "method", ["vcd:step=999", "blank", "no_image", "patch_shuffle", "silence", "audio_noise", "time_reverse", "pai"]
+)
+def test_methods_reach_sounds_too(parts, method):
+    asked = [Request(CHATS[3]), Request(CHATS[3], f"{method}{',' if ':' in method else ':'}beta=0")]
+    base, changed = Decoder(*parts).score(asked, [["yes"], ["yes"]])
+    assert base[0] != pytest.approx(changed[0], abs=1e-3)
+
+
+def test_methods_for_pictures_leave_sounds_alone(parts):
+    asked = [Request(CHATS[3], m) for m in ("greedy", "ritual:transform=hflip,normalize=true")]
+    base, flipped = Decoder(*parts).score(asked, [["yes", "no"]] * 2)
+    assert base[0] - base[1] == pytest.approx(flipped[0] - flipped[1], abs=1e-4)
 
 
 def test_bfloat16_llm_beside_float32_towers():

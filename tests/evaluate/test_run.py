@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from tiny_mm import tiny_model
 
 from mmllm.data.questions import caption, format_box, with_article
+from mmllm.decode import Decoder
 from mmllm.decode.requests import Result
 from mmllm.errors import UserError
 from mmllm.evaluate.gallery import gallery_items
@@ -211,6 +213,31 @@ def test_gallery_is_drawn_by_seed_and_shows_truth_and_answer(dataset, tmp_path):
     assert all(a.right for i in items for a in i.answered)
 
 
+def test_compare_tells_a_leaning_from_blindness(dataset, tmp_path):
+    from mmllm.cli.compare import command
+
+    decoders = {"seeing": Seeing(dataset), "leaning": Seeing(dataset, lean=10), "blind": Blind(dataset)}
+    got = {k: figures_of(dataset, tmp_path / k, d, tasks=["pope", "caption"]) for k, d in decoders.items()}
+    verdicts = {}
+    for other in ("leaning", "blind"):
+        out = tmp_path / f"{other}.json"
+        result = CliRunner().invoke(command, [str(tmp_path / "seeing"), str(tmp_path / other), "--out", str(out)])
+        assert result.exit_code == 0 and "evaluated differently" not in result.output
+        verdicts[other] = {f.name: f for f in read_figures(out)}
+    lean, blind = verdicts["leaning"], verdicts["blind"]
+    assert lean["pope_seen_random_accuracy_difference"].value == lean["pope_seen_random_accuracy_difference"].low == 0.5
+    assert lean["pope_seen_adversarial_accuracy_difference"].verdict == "A better"
+    assert lean["pope_seen_random_auc_difference"].value == 0
+    assert lean["caption_seen_hit_ratio_difference"].verdict == "within the noise"
+    assert {f.verdict for f in blind.values()} == {"A better"} and len(blind) == 14
+    for figure, line in (("pope_accuracy_seen", "random_accuracy"), ("pope_auc_seen", "random_auc"),
+                         ("pope_accuracy_seen_popular", "popular_accuracy")):  # fmt: skip
+        arms = blind[f"pope_seen_{line}_difference"].arms
+        assert arms == {"a": got["seeing"][figure].value, "b": got["blind"][figure].value}
+    rows = [json.loads(x) for x in (tmp_path / "seeing" / "predictions.jsonl").read_text().splitlines()]
+    assert all(r["id"].split(":")[-2 if r["task"] == "pope" else -1] == r["cluster"] for r in rows)
+
+
 def test_user_errors_of_the_command(dataset, tmp_path):
     with pytest.raises(UserError, match="did you mean 'pope'"):
         run_eval("model", dataset, ["popp"], out=tmp_path, decoder=Seeing(dataset))
@@ -223,3 +250,13 @@ def test_user_errors_of_the_command(dataset, tmp_path):
 
     result = CliRunner().invoke(command, ["--data", str(dataset)])
     assert isinstance(result.exception, UserError) and "--model" in str(result.exception)
+
+
+def test_a_method_leaves_its_trace_and_its_name(dataset, tmp_path):
+    model, processor = tiny_model()
+    decode = "vcd:step=900+ritual:transform=hflip,normalize=true"
+    run_eval(None, dataset, ["pope"], decode, 4, tmp_path, False, seed=5, decoder=Decoder(model, processor))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert (results["decode"], results["seed"]) == (decode, 5)
+    trace = json.loads((tmp_path / "trace.json").read_text())
+    assert trace["decode"] == decode and list(trace["steps"][0]["views"]) == ["base", "diffuse", "hflip"]

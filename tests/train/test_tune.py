@@ -123,6 +123,25 @@ def test_pretrain_then_tune_trains_what_it_says_and_nothing_else(world, tmp_path
     model.generate(**processor.apply_chat_template(chat, tokenize=True, add_generation_prompt=True), max_new_tokens=3)
 
 
+def test_a_tower_trains_as_its_spec_says_and_is_saved_plain(world, tmp_path):
+    vit = {"model": "tiny:vit", "image_size": 32, "hidden_size": 24, "layers": 1, "heads": 2}
+    frozen = {"max_steps": 1, "learning_rate": 0.0, "weight_decay": 0.0}
+    start = tune("pretrain", config(world, train=frozen), tmp_path / "zero")
+    spec = {"tower": {**vit, "train": {"lora": {"r": 2, "targets": ["linear1"]}}}}
+    run = tune("pretrain", config(world, vision=spec, train={"vision": "full"}), tmp_path / "run")
+    before, after = weights(start), weights(run)
+    assert set(before) == set(after)
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    tower = {k for k in changed if k.startswith("vision_tower")}
+    assert tower == {"vision_tower.encoder.layers.0.linear1.weight"} and load_model(run)
+    with pytest.raises(UserError, match="frozen by its own"):
+        tune(
+            "pretrain",
+            config(world, vision={"tower": {**vit, "train": "none"}}, train={"vision": "full"}),
+            tmp_path / "no",
+        )
+
+
 def test_training_lowers_the_loss_and_colours_are_learned(world, tmp_path):
     run = tune("tune", config(world, train={"llm": "full", "max_steps": 120, "learning_rate": 3e-3}), tmp_path / "t")
     losses = [row["loss"] for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
