@@ -122,5 +122,6 @@ class FnScores:
                 grad[at[k]] += g
 
     def gradients(self) -> tuple[Tensor | None, ...]:
-        found, self.grads = self.grads, []
+        found, self.grads, self.leaves, self.needed = self.grads, [], [], ()
+        del self.scores
         return tuple(found)
