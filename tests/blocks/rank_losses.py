@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+from mmllm.blocks.chunks import in_chunks
 from mmllm.blocks.ranks import Ranks
 from mmllm.blocks.tiled_contrast import contrast, tiled_sigmoid
 
@@ -26,6 +28,20 @@ class Towers(nn.Module):
 
     def forward(self, images, texts):
         return F.normalize(self.image(images), dim=-1), F.normalize(self.text(texts), dim=-1)
+
+
+class Step(nn.Module):
+    """Towers in chunks and their loss, as one module that DistributedDataParallel can stand around."""
+
+    def __init__(self, ranks):
+        super().__init__()
+        self.towers, self.ranks = Towers(), ranks
+        self.towers.logit_bias.requires_grad_(False)
+        self.towers.temperature.requires_grad_(False)
+
+    def forward(self, images, texts):
+        x, y = in_chunks(lambda part: self.towers(*part), (images, texts), 2)
+        return contrast(x, y, scale=self.towers.logit_scale.exp(), ranks=self.ranks, symmetric=True, tile=5).mean()
 
 
 def cases(labels):
@@ -69,11 +85,20 @@ def losses(ranks):
         loss = each.mean()
         loss.backward()
         ranks.average_gradients(model.parameters())
-        mean = loss.detach().clone()
-        ranks.sum(mean)
-        grads = {k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in model.named_parameters()}
-        found[name] = {"loss": mean / ranks.size} | grads
+        found[name] = measured(loss, model, ranks)
+    step = Step(ranks)
+    wrapped = DistributedDataParallel(step) if ranks.size > 1 else step
+    loss = wrapped(images[mine], texts[mine])
+    loss.backward()
+    found["chunks under DistributedDataParallel"] = measured(loss, step.towers, ranks)
     return found
+
+
+def measured(loss, model, ranks):
+    mean = loss.detach().clone()
+    ranks.sum(mean)
+    grads = {k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in model.named_parameters()}
+    return {"loss": mean / ranks.size} | grads
 
 
 if __name__ == "__main__":
