@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from mmllm.blocks.memory import free_memory, graph_bytes
 from mmllm.blocks.replay import Moment
+from mmllm.blocks.slices import even_slices
 
 Encode = Callable[[Any], Any]
 # A backward holds gradients of activations and temporaries beside the graph that it walks.
@@ -34,7 +35,8 @@ def in_chunks(encode: Encode, batch: Any, size: int | None = None) -> Any:
             it changes, such as the running mean of a BatchNorm, is changed twice.
         batch: tensors and lists with one entry per item are cut, dicts, tuples and dataclasses are entered, all else
             goes whole to each chunk.
-        size: items per chunk; None finds it by ``chunk_size``.
+        size: items per chunk; None asks ``chunk_size``, which encodes two items more. A training does that once, since
+            other chunks draw other random numbers.
 
     Returns:
         What ``encode`` returns: tensors and lists with one entry per item, in any nesting of dicts, tuples and
@@ -195,9 +197,7 @@ def count_items(batch: Any) -> int:
 def split_batch(batch: Any, size: int) -> Iterator[Any]:
     """The chunks of a batch, of nearly equal length, none longer than ``size``; see ``in_chunks``."""
     n = count_items(batch)
-    parts = max(1, math.ceil(n / size))
-    for k in range(parts):
-        at = slice(round(n * k / parts), round(n * (k + 1) / parts))
+    for at in even_slices(n, size):
         yield map_leaves(lambda x, at=at: x[at] if _per_item(x) and len(x) == n else x, batch)
 
 

@@ -86,8 +86,8 @@ def contrast(
         margin: for hinges, a number or [R].
         symmetric: the mean of this loss and that of each column against all rows, [R] with R = C. Both directions are
             read off the same tiles, so it costs little more than one. Not with ``extra_cols``.
-        ranks: several processes: rows and columns of all of them are numbered rank by rank, each process has the loss
-            of its own rows (see ``mmllm.blocks.ranks`` for the gradients) and each score is made by one process alone.
+        ranks: several processes with R rows each: rows and columns of all are numbered rank by rank, each process has
+            the loss of its own rows (see ``mmllm.blocks.ranks`` for the gradients), each score is made in one process.
         tile: largest tile, or (rows, columns) of it; None: 1024 on a CPU, 4096 elsewhere, 128 with ``score_fn``.
 
     Raises:
@@ -103,7 +103,7 @@ def contrast(
         raise ValueError("positive_in_denominator=False is for the cross-entropy")
     if symmetric and (extra_cols is not None or here != own_cols):
         raise ValueError("symmetric needs as many columns as rows and no extra ones; run each direction by itself")
-    if target_fn is diagonal and here > own_cols:
+    if target_fn is diagonal and (here > own_cols or (ranks is not None and here < own_cols)):
         raise ValueError(f"{here} rows for {own_cols} columns: say by target_fn which belong together")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing {label_smoothing} is not in 0..1")
@@ -247,10 +247,10 @@ def _scores(
     """What makes the scores, and the tensors with their graph in the order of its ``tensors``."""
     first = rows if isinstance(rows, Tensor) else rows[0]
     device, dtype = first.device, torch.promote_types(first.dtype, torch.float32)
-    scale, bias = (x if isinstance(x, Tensor) else torch.tensor(x, dtype=dtype, device=device) for x in (scale, bias))
+    scale, bias = (x if isinstance(x, Tensor) else torch.tensor(x, dtype=dtype) for x in (scale, bias))
     if scale.numel() != 1 or bias.numel() != 1:
         raise ValueError("scale and bias must be scalars; multiply the rows for a temperature of each row")
-    scale, bias = scale.reshape(()), bias.reshape(())
+    scale, bias = scale.reshape(()).to(device), bias.reshape(()).to(device)
     if score_fn is not None:
         scores = FnScores(score_fn, _each(Tensor.detach, rows), _each(Tensor.detach, cols), scale, bias, score_args)
         parts = [(x,) if isinstance(x, Tensor) else tuple(x) for x in (rows, cols)]
@@ -260,5 +260,5 @@ def _scores(
     if torch.is_autocast_enabled(device.type):
         fast = torch.get_autocast_dtype(device.type)
         rows, cols = rows.to(fast), cols.to(fast)
-    rows, cols = rows, cols.to(rows.dtype)
+    cols = cols.to(rows.dtype)
     return DotScores(rows.detach(), cols.detach(), scale.detach(), bias.detach()), (rows, cols, scale, bias)

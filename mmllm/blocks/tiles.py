@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,16 +11,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mmllm.blocks.divergences import Divergence, Reduction, Targets, Tile
+from mmllm.blocks.slices import even_slices
 from mmllm.blocks.tile_scores import DotScores, FnScores
 
 PairFn = Callable[[slice, slice], "Tensor | None"]
-
-
-def even_slices(n: int, size: int) -> list[slice]:
-    """Slices of nearly equal length, none longer than ``size``, that cover 0..n."""
-    parts = max(1, math.ceil(n / size))
-    edges = [round(n * k / parts) for k in range(parts + 1)]
-    return [slice(a, b) for a, b in zip(edges, edges[1:])]
 
 
 def diagonal(i: slice, j: slice) -> Tensor | None:
