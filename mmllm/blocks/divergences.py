@@ -17,6 +17,7 @@ from torch import Tensor
 NOTHING = -1e30
 # e^-80 is below the rounding of any sum here; results below e^-87 are denormal, and slow to make.
 SMALLEST = -80.0
+NOWHERE = torch.iinfo(torch.long).max
 
 
 class Reduction(Protocol):
@@ -255,11 +256,11 @@ class Hinge(Divergence):
 
 
 class HardestHinge(Hinge):
-    """Hinge on the highest negative alone (VSE++, arXiv 1707.05612); of equal ones, one of them."""
+    """Hinge on the highest negative alone (VSE++, arXiv 1707.05612); of equal ones, the first."""
 
     def __init__(self, targets: Targets, margin: float | Tensor):
         super().__init__(targets, margin)
-        self.index = torch.full_like(targets.share, -1, dtype=torch.long)
+        self.index = torch.full_like(targets.share, NOWHERE, dtype=torch.long)
 
     def read_gaps(self, at: slice, tile: Tile, gap: Tensor) -> None:
         value, index = gap.max(1)
@@ -273,8 +274,9 @@ class HardestHinge(Hinge):
         else:
             mine = self.total.clone()
             over.max(self.total)
-            self.index[mine < self.total] = -1
-            over.max(self.index)
+            backwards = -self.index.masked_fill(mine < self.total, NOWHERE)
+            over.max(backwards)
+            self.index = -backwards
 
     def losses(self) -> Tensor:
         self.active = (self.total > 0).to(self.total.dtype)

@@ -56,10 +56,17 @@ def cases(labels):
     def tokens(x, y, temperature):
         return (x[:, None] * y).sum(-1).tanh() / temperature
 
+    def coarse(x, y, temperature):
+        """Many equal scores, with the gradient of the fine ones."""
+        z = x @ y.T / temperature
+        return z + (z.round() - z).detach()
+
     soft = {"same label": {"target_fn": same}, "masked": {"allow_fn": allowed}, "smoothed": {"label_smoothing": 0.1}}
     soft |= {"reverse": {"divergence": "reverse_kl", "target_fn": same}, "outside": {"positive_in_denominator": False}}
     soft |= {k: {"divergence": k, "margin": 0.5, "target_fn": same} for k in ("hinge", "hardest_hinge")}
     soft |= {"plain": {}, "one direction": {"symmetric": False}, "any score": {"score_fn": tokens}}
+    soft |= {"masked, smoothed": {"allow_fn": allowed, "label_smoothing": 0.3}}
+    soft |= {"ties": {"divergence": "hardest_hinge", "margin": 0.5, "score_fn": coarse}}
     sigmoid = {"sigmoid": {}, "sigmoid same label": {"target_fn": same}, "sigmoid masked": {"allow_fn": allowed}}
     return soft, sigmoid
 
