@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmllm.blocks.contrast import sigmoid_contrast, softmax_contrast, symmetric_infonce
 from mmllm.blocks.tiled_contrast import contrast, tiled_sigmoid
@@ -245,6 +246,33 @@ def test_tile_sizes_change_nothing():
     expected = softmax_contrast(9.0 * rows @ cols.T).double()
     for tile in itertools.product((1, 4, 11, 50), repeat=2):
         torch.testing.assert_close(contrast(rows, cols, scale=9.0, tile=tile), expected, rtol=1e-6, atol=1e-6)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that is made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            self.elements = max(self.elements, x.numel() if isinstance(x, torch.Tensor) else 0)
+        return out
+
+
+@pytest.mark.parametrize("divergence", ["cross_entropy", "reverse_kl", "hinge", "sigmoid"])
+def test_no_tensor_is_larger_than_the_inputs_or_a_tile(divergence):
+    n = 64
+    rows, cols = vectors(n, 0).requires_grad_(), vectors(n, 1).requires_grad_()
+    labels = torch.arange(n) // 2
+    said = {"target_fn": lambda i, j: labels[i][:, None] == labels[j], "tile": 8}
+    with Largest() as largest:
+        if divergence == "sigmoid":
+            loss = tiled_sigmoid(rows, cols, scale=5.0, **said)
+        else:
+            loss = contrast(rows, cols, scale=5.0, symmetric=True, divergence=divergence, **said)
+        loss.mean().backward()
+    assert largest.elements == n * D
 
 
 def test_scores_far_apart_neither_overflow_nor_vanish():
