@@ -83,6 +83,8 @@ class FnScores:
         self.cols = (cols,) if isinstance(cols, Tensor) else tuple(cols)
         self.whole = (scale, bias, *args)
         self.needed: Sequence[bool] = ()
+        kind = self.rows[0].device.type
+        self.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -96,7 +98,8 @@ class FnScores:
         r, c = len(self.rows), len(self.cols)
         x, y, (scale, bias, *args) = self.leaves[:r], self.leaves[r : r + c], self.leaves[r + c :]
         with torch.set_grad_enabled(any(need)):
-            z = self.score_fn(x[0] if self.bare[0] else tuple(x), y[0] if self.bare[1] else tuple(y), *args)
+            with torch.autocast(*self.autocast):
+                z = self.score_fn(x[0] if self.bare[0] else tuple(x), y[0] if self.bare[1] else tuple(y), *args)
             if z.shape != (i.stop - i.start, j.stop - j.start):
                 raise ValueError(f"score_fn gave {tuple(z.shape)} for rows {i} and columns {j}")
             z = z.to(torch.promote_types(z.dtype, torch.float32)) * scale

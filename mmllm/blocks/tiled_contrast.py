@@ -70,7 +70,8 @@ def contrast(
 
     Args:
         rows, cols: [R, D] and [C, D]; with ``score_fn`` also tuples of tensors with R (C) first. Half-precision
-            vectors are multiplied as they are, everything else is float32. Under autocast vectors take its type.
+            vectors are multiplied as they are, everything else is float32. Under autocast vectors take its type, and
+            ``score_fn`` runs under it.
         scale: number or scalar tensor, which may need a gradient.
         extra_cols: further columns after ``cols`` (a queue, the rows' own modality); columns C..C+Q-1.
         score_fn: ``score_fn(rows, cols, *score_args) -> [r, c]`` in place of the dot product. It must repeat exactly,

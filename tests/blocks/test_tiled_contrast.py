@@ -318,7 +318,10 @@ def test_bfloat16_vectors_are_multiplied_as_they_are_and_give_a_float32_loss():
     assert (ours - expected).norm() < 0.02 * expected.norm()
     with torch.autocast("cpu", torch.bfloat16):
         other = contrast(rows.float(), cols.float(), scale=10.0, symmetric=True, tile=16)
+        scored = contrast(rows, cols.float(), score_fn=lambda x, y: x @ y.T, scale=10.0, symmetric=True, tile=16)
     assert torch.equal(other, loss)
+    torch.testing.assert_close(scored, loss)
+    assert (torch.autograd.grad(scored.mean(), rows)[0].float() - expected).norm() < 0.02 * expected.norm()
 
 
 def test_options_that_do_not_go_together_are_refused():
