@@ -18,16 +18,29 @@ from mmllm.starter.summary import headline
 
 MARK = re.compile(r"(<!-- figures: (\S+)(.*?) -->\n).*?(<!-- end figures -->)", re.DOTALL)
 COLUMNS = ("figure", "value", "95 % interval", "shuffled", "chance", "floor")
+RATIO_COLUMNS = ("ratio", "median", "smallest … largest pair", "bar", "what it is")
 
 
 def table(figures: list[Figure]) -> str:
-    """A Markdown table, one row a figure."""
+    """A Markdown table, one row a figure; those of benchmarks are ratios of paired runs."""
+    if all(f.unit == "ratio" for f in figures):
+        return ratio_table(figures)
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
     for f in figures:
         unit = f" {f.unit}" if f.unit and f.unit not in ("fraction", "ratio") else ""
         interval = f"{number(f.low, f.unit)} … {number(f.high, f.unit)}" if f.low is not None else ""
         cells = [number(x, f.unit) for x in (f.control, f.chance, f.target)]
         lines.append(f"| `{f.name}` | {' | '.join([number(f.value, f.unit) + unit, interval, *cells])} |")
+    return "\n".join(lines)
+
+
+def ratio_table(figures: list[Figure]) -> str:
+    lines = [f"| {' | '.join(RATIO_COLUMNS)} |", "|---|---:|---:|---:|---|"]
+    for f in figures:
+        spread = "" if f.low is None else f"{number(f.low, f.unit)} … {number(f.high, f.unit)}"
+        sign = "at most" if f.better == "lower" else "at least"
+        bar = "" if f.target is None else f"{sign} {number(f.target, f.unit)}"
+        lines.append(f"| `{f.name}` | {number(f.value, f.unit)} | {spread} | {bar} | {f.note or ''} |")
     return "\n".join(lines)
 
 

@@ -57,6 +57,19 @@ class AlignStep(nn.Module):
             out.extras["vocabulary"] = self.vocabularies[source]
         return out
 
+    def _pair_state(self, ready: dict[str, AlignBatch]) -> dict[str, Tensor]:
+        """For each contrasted pair its ``logit_scale`` and the distance of the two streams' mean embeddings (gap)."""
+        out: dict[str, Tensor] = {}
+        for objective, term in zip(self.objectives, self.terms):
+            pair: str | None = getattr(objective, "pair_name", None)
+            if pair is None:
+                continue
+            streams = ready[term.sources[0]].streams
+            means = [streams[s].embedding.detach().float().mean(0) for s in pair.split(":")]  # type: ignore[union-attr]
+            out[f"logit_scale/{pair}"] = self.model.scale(pair).detach()
+            out[f"gap/{pair}"] = (means[0] - means[1]).norm()
+        return out
+
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         ready = {name: self.assemble(name, b) for name, b in batch["sources"].items()}
         out: dict[str, Tensor] = {}
@@ -69,6 +82,7 @@ class AlignStep(nn.Module):
                 tag = term.name if len(term.sources) == 1 else f"{term.name}/{source}"
                 out[tag] = loss.detach()
                 out |= {k if k not in out else f"{source}/{k}": v.detach() for k, v in result.items() if k != "loss"}
+        out |= self._pair_state(ready)
         out["loss"] = torch.stack(losses).sum()
         return out
 

@@ -107,6 +107,7 @@ class AlignStage:
         listed = "rejected.jsonl" if rank() == 0 else f"rejected-{rank()}.jsonl"
         self.rejected = Rejected(run.path / listed if run is not None else None, config.data.max_rejected)
         self.vocabularies: dict[str, dict[str, Any]] = {}
+        self.nearest: list[dict[str, Any]] = []  # queries with their nearest names, for the run's page
         self.vocabulary_names: dict[str, list[str]] = {}
         self.train_dtype = fast_dtype(self.device) if config.dtype == "auto" else getattr(torch, config.dtype)
         names = [str(d).split(".")[1] for d in (dtype, self.train_dtype)]
@@ -381,6 +382,7 @@ def align(config: AlignConfig, out: Path, resume: bool = False) -> Path:
     from mmllm.align.folder import save_align
     from mmllm.data.models import resolve_dataset
     from mmllm.report.figures import print_figures, write_figures
+    from mmllm.report.runs import write_run_report
     from mmllm.train.align_measures import measure_all
     from mmllm.train.launch import is_main
     from mmllm.train.run import RunFolder
@@ -403,7 +405,10 @@ def align(config: AlignConfig, out: Path, resume: bool = False) -> Path:
         save_align(stage.model, final, info)
         command = run.info().get("command", "mmllm align")
         write_figures(final / "results.json", command, config.train.seed, None, about.get("sources", []), figures)
+        (final / "nearest.json").write_text(json.dumps(stage.nearest, ensure_ascii=False) + "\n", encoding="utf-8")
+    report = write_run_report([out], out / "report.html")
     print_figures(figures, "align")
+    print(f"report: {report}", flush=True)
     return out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from mmllm.align.objectives import centre_cell
 from mmllm.align.reading import FIELD
 from mmllm.align.source import texts_of
 from mmllm.evaluate.geometry import geometry_figures
+from mmllm.evaluate.nearest import nearest_page
 from mmllm.evaluate.probes import probe_figures
 from mmllm.evaluate.ranking import pair_figures
 from mmllm.evaluate.retrieval import retrieval_figures, zero_shot_figure
@@ -103,6 +105,11 @@ def retrieval(stage: AlignStage, measure: MeasureConfig, records: list[dict[str,
     positive = torch.zeros(len(gallery), len(records), dtype=torch.bool)
     positive[torch.tensor(truth), torch.arange(len(records))] = True
     clusters = [str(r.get("group") or gallery[t]) for r, t in zip(records, truth)]
+    kind = "audio" if stage.model.tower(measure.streams[0]).modality == "audio" else "image"
+    media = [r.get(kind) for r in records]
+    if all(isinstance(m, str | Path) for m in media):
+        seed = stage.config.train.seed
+        stage.nearest.append(nearest_page(measure.name, sim, gallery, truth, list(map(str, media)), kind, seed))
     out = retrieval_figures(measure.name, sim, truth, clusters=clusters)
     return out + retrieval_figures(f"{measure.name}_from_text", sim.T, positive)
 

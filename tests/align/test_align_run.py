@@ -14,6 +14,7 @@ from mmllm.config import parse_config
 from mmllm.data.records import read_records
 from mmllm.errors import UserError
 from mmllm.report.figures import read_figures
+from mmllm.report.runs import run_curves
 from mmllm.train.align import AlignConfig, align
 
 
@@ -58,6 +59,14 @@ def test_run_learns_and_its_folder_loads(settings, world, tmp_path):
     assert torch.equal(mine, theirs) and mine.shape == (2, 16, 32)
     assert about["vocabulary"]["image"] == sorted(names) and load_connector(out, "audio")[1]["stream"] == "audio"
     assert not (out / "final" / "words").exists()
+
+    page = (out / "report.html").read_text()
+    for text in ("logit_scale/image:text", "gap/image:text", "learning_rate", "things_r1", "data:image/jpeg", "✓"):
+        assert text in page
+    near = {n["name"]: n for n in json.loads((out / "final" / "nearest.json").read_text())}
+    assert len(near["things"]["queries"][0]["nearest"]) == 5 and near["sounds"]["queries"][0]["kind"] == "audio"
+    curves = run_curves(out)
+    assert curves["both", "logit_scale/image:text"][0][1] == pytest.approx(1 / 0.07, rel=0.1)
 
 
 def test_interrupted_run_ends_as_an_uninterrupted_one(settings, tmp_path, monkeypatch):
