@@ -1,6 +1,8 @@
 # Two commands for a newcomer: `make demo` and `make test`. Both do all the set-up in .venv by themselves.
 # pip's own settings (index, extra index, wheel folder, cache) are honoured.
 VENV ?= .venv
+# timm and open_clip need torchvision, which PyPI has for another build of torch only (some 6 GB).
+PEERS ?= .bench-venv
 BIN := $(VENV)/bin
 # The first interpreter that really runs (a shim of a version manager may not), is new enough and can make a venv.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -9,12 +11,13 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo demo-fast test test-fast setup lint clean
+.PHONY: help demo demo-fast test test-fast test-peers setup lint clean
 help:
 	@echo "make demo       set up, then run the whole quickstart (some 20 minutes on 2 CPU cores)"
 	@echo "make demo-fast  the same at a twentieth of the size (some 7 minutes)"
 	@echo "make test       set up, lint, type check, all tests (with real vLLM on CPU)"
 	@echo "make test-fast  the tests for every edit"
+	@echo "make test-peers the tests against timm and open_clip (a second environment of some 6 GB)"
 
 demo: setup $(VENV)/.vllm
 	$(BIN)/mmllm quickstart
@@ -26,7 +29,11 @@ test: setup $(VENV)/.vllm lint
 	MMLLM_REQUIRE_ALL=1 $(BIN)/python -m pytest
 
 test-fast: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not peers"
+
+test-peers:
+	PYTHON=$(PYTHON) sh scripts/open_clip_env.sh $(PEERS)
+	$(PEERS)/bin/python -m pytest -m peers
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""timm's backbones as towers: timm called directly, saving, layers, what trains; skipped where there is no timm."""
+"""timm's backbones as towers: timm called directly, saving, layers, what trains (`make test-peers` has timm)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,6 @@ def test_without_timm_one_line_says_so(monkeypatch):
 
 @pytest.fixture
 def timm():
-    pytest.importorskip("timm")
     return timm_library()
 
 
@@ -47,6 +46,7 @@ def made(request, timm):
     return tower, timm.create_model(name, num_classes=0, **arguments).eval(), prefix
 
 
+@pytest.mark.peers
 def test_tokens_and_pooled_are_timms(made):
     tower, direct, prefix = made
     direct.load_state_dict(tower.model.timm_model.state_dict())
@@ -62,6 +62,7 @@ def test_tokens_and_pooled_are_timms(made):
     assert out.tokens.shape[-1] == tower.hidden_size and out.pooled.shape[-1] == tower.pooled_size
 
 
+@pytest.mark.peers
 def test_saved_and_rebuilt_towers_are_the_same(made, tmp_path):
     tower = made[0]
     inputs = inputs_of(tower, items("vision"))
@@ -75,6 +76,7 @@ def test_saved_and_rebuilt_towers_are_the_same(made, tmp_path):
             torch.testing.assert_close(other(**inputs).tokens, tower(**inputs).tokens)
 
 
+@pytest.mark.peers
 def test_layers_and_choices_of_what_trains(made):
     tower = made[0]
     inputs = inputs_of(tower, items("vision"))
@@ -88,6 +90,7 @@ def test_layers_and_choices_of_what_trains(made):
     assert 0 < len(got) < len(list(part.parameters())) and {id(p) for p in got} == {id(p) for p in part.trainable()}
 
 
+@pytest.mark.peers
 def test_a_folder_in_timms_own_layout(timm, tmp_path):
     from safetensors.torch import save_file
 
@@ -107,6 +110,7 @@ def test_a_folder_in_timms_own_layout(timm, tmp_path):
     assert out.grid == tower.grid == (1, 2, 2)
 
 
+@pytest.mark.peers
 def test_an_unknown_name_gets_the_nearest(timm):
     with pytest.raises(UserError, match="did you mean 'resnet18'"):
         load_tower("timm:resnet18x", "vision")
