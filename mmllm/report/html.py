@@ -7,7 +7,7 @@ import html
 import io
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -134,20 +134,27 @@ def curve_svg(
     return "".join(parts) + "</svg>"
 
 
-def read_curves(path: str | Path) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """Losses of a run's ``metrics.jsonl`` as phase -> series name -> [(step, value)].
-
-    Every numeric entry whose name contains "loss" is a series; a line cut off by a kill is left out.
-    """
-    phases: dict[str, dict[str, list[tuple[float, float]]]] = {}
+def metric_rows(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The lines of a run's ``metrics.jsonl`` that belong to a step; a line cut off by a kill is left out."""
     file = Path(path)
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if "step" in row:
+            yield row
+
+
+def read_curves(path: str | Path) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Losses of a run's ``metrics.jsonl`` as phase -> series name -> [(step, value)].
+
+    Every numeric entry whose name contains "loss" is a series.
+    """
+    phases: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for row in metric_rows(path):
         for key, value in row.items():
-            if "loss" in key and isinstance(value, int | float) and "step" in row:
+            if "loss" in key and isinstance(value, int | float):
                 phase = phases.setdefault(str(row.get("phase") or ""), {})
                 phase.setdefault(key, []).append((float(row["step"]), float(value)))
     return phases

@@ -9,26 +9,20 @@ from typing import Any
 
 from mmllm.errors import UserError
 from mmllm.report.figures import Figure, number, read_figures
-from mmllm.report.html import curve_svg, data_uri, esc, figures_html, page, picture_uri
+from mmllm.report.html import curve_svg, data_uri, esc, figures_html, metric_rows, page, picture_uri
 from mmllm.report.plots import heat_svg
 
 # Entries of metrics.jsonl that are no measurements.
 _NOT_DRAWN = {"step", "epoch", "phase", "time", "total_flos"}
-Series = dict[str, list[tuple[float, float]]]
 
 
 def run_curves(run: Path) -> dict[tuple[str, str], list[tuple[float, float]]]:
-    """(phase, entry) -> [(step, value)] of every number in ``metrics.jsonl``; a half-written line is skipped."""
+    """(phase, entry) -> [(step, value)] of every number in a run's ``metrics.jsonl``."""
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    file = run / "metrics.jsonl"
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
+    for row in metric_rows(run / "metrics.jsonl"):
         for key, value in row.items():
             drawn = isinstance(value, int | float) and not isinstance(value, bool) and key not in _NOT_DRAWN
-            if drawn and "step" in row and not key.startswith("train_"):
+            if drawn and not key.startswith("train_"):
                 found.setdefault((str(row.get("phase") or ""), key), []).append((float(row["step"]), float(value)))
     return found
 

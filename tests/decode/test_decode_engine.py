@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_llava import ask, picture, tiny_llama, tiny_llava
+from tiny_llava import ask, picture, tiny_llama
 from transformers import NoRepeatNGramLogitsProcessor, StopStringCriteria
 
 from mmllm.decode import Decoder, Request
@@ -11,16 +11,6 @@ from mmllm.decode.rows import gathered
 
 CHAT = [{"role": "user", "content": "hello"}]
 SYSTEM = {"role": "system", "content": "You are a careful observer of pictures."}
-
-
-@pytest.fixture(scope="module")
-def llava():
-    return tiny_llava()
-
-
-@pytest.fixture
-def decoder(llava):
-    return Decoder(*llava)
 
 
 def tokens(results):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from tiny_llava import ask, picture, tiny_llama, tiny_llava
+from tiny_llava import ask, picture, tiny_llama
 from tiny_mm import tiny_model
 
 from mmllm.decode import Decoder, Request
@@ -15,16 +15,6 @@ from mmllm.errors import UserError
 
 LETTERS = [[chr(c) for c in range(33, 127)]] * 3
 QUESTIONS = ["Is there a cat?", "hi", "How many things are there?"]
-
-
-@pytest.fixture(scope="module")
-def llava():
-    return tiny_llava()
-
-
-@pytest.fixture
-def decoder(llava):
-    return Decoder(*llava)
 
 
 def asked(method):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_llava import ask, picture, tiny_llama, tiny_llava
+from tiny_llava import ask, picture, tiny_llama
 
 from mmllm.decode import Decoder, Request, parse_spec
 from mmllm.decode.mix import log_probabilities
@@ -10,16 +10,6 @@ from mmllm.decode.prepare import captions
 from mmllm.errors import UserError
 
 QUESTIONS = ["Is there a cat?", "hi", "How many things are there?", "Where is the dog, and where is the cat?"]
-
-
-@pytest.fixture(scope="module")
-def llava():
-    return tiny_llava()
-
-
-@pytest.fixture
-def decoder(llava):
-    return Decoder(*llava)
 
 
 def requests(**changes):
