@@ -1,0 +1,125 @@
+"""Applies the rules of decision: did the bias take, does a method reduce hallucination, and what could be noticed?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mmllm.evaluate.paired import ALPHA, PairedDifference, holm
+from mmllm.evaluate.power import detectable_gain
+from mmllm.reproduce.hallucination import questions as q
+from mmllm.reproduce.hallucination.conditions import BIAS, RECALL_LOSS, SEEDS_FOR_CLAIM
+from mmllm.reproduce.hallucination.measures import Bench, Interval, Judged, design_effect
+
+# Normal quantiles: what separates "80 % of the time" from the middle, and half a 95 % interval in standard errors.
+POWER_SHIFT = 1.959964 + 0.841621
+HALF = 1.959964
+
+
+@dataclass
+class Contrast:
+    """A condition against greedy, at T = 0 unless the condition itself draws.
+
+    Attributes:
+        auc, accuracy: on the primary endpoint's questions; pairs: twins both right; recall: of present things.
+        caption_recall: difference, None where no captions were written.
+        p_adjusted: of ``auc`` after Holm over the confirmatory comparisons; NaN for an exploratory one.
+        discordant: per training seed (right only here, right only by greedy, McNemar's exact p).
+        verdict: what may be said; empty for an exploratory comparison.
+    """
+
+    name: str
+    auc: PairedDifference
+    accuracy: PairedDifference
+    pairs: PairedDifference
+    recall: PairedDifference
+    caption_recall: float | None = None
+    p_adjusted: float = math.nan
+    discordant: Sequence[tuple[int, int, float]] = ()
+    verdict: str = ""
+
+
+def bias_took(bias: Interval) -> bool:
+    """The manipulation check on greedy's answers."""
+    return bias[0] > BIAS
+
+
+def contrast(bench: Bench, judged: Judged, base: Judged, caption_recall: float | None = None) -> Contrast:
+    """All differences of a condition from the base."""
+    use = q.ADVERSARIAL
+    return Contrast(
+        judged.name,
+        bench.auc_gap(judged.margins, base.margins, use),
+        bench.gap(bench.right(judged, use), bench.right(base, use)),
+        bench.gap(bench.pairs(judged), bench.pairs(base)),
+        bench.gap(bench.recall(judged), bench.recall(base)),
+        caption_recall,
+        discordant=() if judged.temperature else bench.mcnemar(judged, base, use),
+    )
+
+
+def judge(contrasts: Sequence[Contrast], seeds: int) -> None:
+    """Fills ``p_adjusted`` and ``verdict`` of the confirmatory comparisons."""
+    for c, p in zip(contrasts, holm(c.auc.p for c in contrasts), strict=True):
+        c.p_adjusted = p
+        c.verdict = verdict(c, seeds)
+
+
+def verdict(c: Contrast, seeds: int) -> str:
+    """What the rules allow to say about a confirmatory comparison."""
+    sure = c.p_adjusted <= ALPHA
+    if sure and c.auc.high < 0:
+        return "worse than greedy"
+    if not (sure and c.auc.low > 0):
+        return "null: no difference from greedy shown"
+    missing = []
+    if not c.pairs.difference > 0:
+        missing.append("no more twins right")
+    if c.recall.difference < -RECALL_LOSS:
+        missing.append("recall falls")
+    if c.caption_recall is not None and c.caption_recall < -RECALL_LOSS:
+        missing.append("caption recall falls")
+    if missing:
+        return f"AUC rises, but {' and '.join(missing)}: not claimed"
+    if seeds < SEEDS_FOR_CLAIM:
+        return f"points to less hallucination; {seeds} of {SEEDS_FOR_CLAIM} training seeds: not claimed"
+    return "reduces hallucination"
+
+
+@dataclass
+class Power:
+    """What this run could notice with a chance of 80 %.
+
+    Attributes:
+        auc: smallest difference in AUC, from the widest interval of the confirmatory comparisons.
+        accuracy: smallest difference in accuracy by McNemar's test, for the discordance seen (the median one).
+        questions, pictures: of the primary endpoint, per training seed; design: the design effect of asking several
+            questions about one picture.
+    """
+
+    auc: float
+    accuracy: float
+    discordance: float
+    design: float
+    questions: int
+    pictures: int
+
+
+def power(bench: Bench, contrasts: Sequence[Contrast], judged: Sequence[Judged], base: Judged) -> Power:
+    """The power statement, from the confirmatory comparisons as they came out."""
+    use = q.ADVERSARIAL
+    half = max(((c.auc.high - c.auc.low) / 2 for c in contrasts), default=math.nan)
+    before, clusters = bench.right(base, use)
+    shares, effects = [], []
+    for j in judged:
+        change = (bench.right(j, use)[0] - before)[0]
+        shares.append(float((change != 0).mean()))
+        effects.append(design_effect(change, clusters))
+    discordance = float(np.median(shares)) if shares else math.nan
+    design = float(np.median(effects)) if effects else math.nan
+    questions = int(bench.use(use).sum())
+    gain = detectable_gain(questions, discordance, design_effect=design) if 0 < discordance < 1 else math.nan
+    return Power(half / HALF * POWER_SHIFT, gain, discordance, design, questions, len(set(clusters)))
