@@ -18,6 +18,7 @@ COMMANDS = {
     "tune": "Tune connector and LLM (LoRA) on conversations and boxes.",
     "chat": "Talk with a trained model about pictures and sounds.",
     "eval": "Measure a model, with intervals and controls.",
+    "compare": "Compare two evaluated runs item by item: more than noise?",
     "serve": "Serve a model through vLLM (OpenAI API).",
     "export": "Write a trained run as a complete Hugging Face folder.",
     "data": "Build, check and preview data.",

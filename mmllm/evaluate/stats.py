@@ -9,19 +9,35 @@ from numpy.typing import ArrayLike, NDArray
 
 RESAMPLES = 2000
 LEVEL = 0.95
+# AUCs of resamples are computed in portions of about this many weights, so that memory stays flat.
+PORTION = 2**21
 
 
-def _resampled_weights(clusters: ArrayLike | None, n: int, resamples: int, seed: int) -> tuple[NDArray, NDArray]:
-    """(index of each item's cluster [n], how often each cluster is drawn [resamples, clusters])."""
+def cluster_indices(clusters: ArrayLike | None, n: int) -> NDArray:
+    """Index of each item's cluster, 0 .. clusters - 1, in the order of the sorted ids; [n].
+
+    Args:
+        clusters: [n] ids; None makes every item its own cluster.
+
+    Raises:
+        ValueError: not ``n`` ids.
+    """
     ids = np.arange(n) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1].reshape(-1)
     if len(ids) != n:
         raise ValueError(f"{len(ids)} cluster ids for {n} values")
+    return ids
+
+
+def resampled_weights(clusters: ArrayLike | None, n: int, resamples: int, seed: int) -> tuple[NDArray, NDArray]:
+    """(index of each item's cluster [n], how often each cluster is drawn [resamples, clusters])."""
+    ids = cluster_indices(clusters, n)
     count = int(ids.max()) + 1
     draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
     return ids, draws
 
 
-def _bounds(values: NDArray, level: float) -> tuple[float, float]:
+def percentile_bounds(values: NDArray, level: float = LEVEL) -> tuple[float, float]:
+    """The two quantiles between which the share ``level`` of the finite ``values`` lies; NaN without any."""
     values = values[np.isfinite(values)]
     if not len(values):
         return float("nan"), float("nan")
@@ -49,10 +65,10 @@ def ratio_interval(
     num, den = np.asarray(numerator, float), np.asarray(denominator, float)
     if not len(num) or den.sum() == 0:
         return float("nan"), float("nan"), float("nan")
-    ids, draws = _resampled_weights(clusters, len(num), resamples, seed)
+    ids, draws = resampled_weights(clusters, len(num), resamples, seed)
     tops, bottoms = draws @ np.bincount(ids, num), draws @ np.bincount(ids, den)
     with np.errstate(divide="ignore", invalid="ignore"):
-        low, high = _bounds(tops / bottoms, level)
+        low, high = percentile_bounds(tops / bottoms, level)
     return float(num.sum() / den.sum()), low, high
 
 
@@ -83,10 +99,10 @@ def ratio_gain_interval(
     parts = [np.asarray(x, float) for x in (numerator, denominator, control_numerator, control_denominator)]
     if not len(parts[0]) or parts[1].sum() == 0 or parts[3].sum() == 0:
         return float("nan"), float("nan"), float("nan")
-    ids, draws = _resampled_weights(clusters, len(parts[0]), resamples, seed)
+    ids, draws = resampled_weights(clusters, len(parts[0]), resamples, seed)
     a, b, c, d = (draws @ np.bincount(ids, p) for p in parts)
     with np.errstate(divide="ignore", invalid="ignore"):
-        low, high = _bounds(a / b - c / d, LEVEL)
+        low, high = percentile_bounds(a / b - c / d)
     return float(parts[0].sum() / parts[1].sum() - parts[2].sum() / parts[3].sum()), low, high
 
 
@@ -100,6 +116,18 @@ def _weighted_auc(scores: NDArray, labels: NDArray, weights: NDArray) -> NDArray
     below = np.cumsum(negative, axis=1) - negative
     with np.errstate(divide="ignore", invalid="ignore"):
         return (positive * (below + negative / 2)).sum(1) / (positive.sum(1) * negative.sum(1))
+
+
+def resampled_auc(scores: NDArray, labels: NDArray, ids: NDArray, draws: NDArray) -> NDArray:
+    """AUC in every resample [R]; NaN where a class was not drawn.
+
+    Args:
+        scores: [n] float. labels: [n] bool.
+        ids, draws: from :func:`resampled_weights`.
+    """
+    step = max(1, PORTION // len(ids))
+    parts = [_weighted_auc(scores, labels, draws[i : i + step, ids]) for i in range(0, len(draws), step)]
+    return np.concatenate(parts)
 
 
 def auc(scores: ArrayLike, labels: ArrayLike) -> float:
@@ -117,8 +145,8 @@ def auc_interval(
     scores, labels = np.asarray(scores, float), np.asarray(labels, bool)
     if not len(scores):
         return float("nan"), float("nan"), float("nan")
-    ids, draws = _resampled_weights(clusters, len(scores), resamples, seed)
-    low, high = _bounds(_weighted_auc(scores, labels, draws[:, ids]), LEVEL)
+    ids, draws = resampled_weights(clusters, len(scores), resamples, seed)
+    low, high = percentile_bounds(resampled_auc(scores, labels, ids, draws))
     return auc(scores, labels), low, high
 
 

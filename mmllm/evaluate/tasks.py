@@ -76,6 +76,7 @@ class Row:
         out = {
             "task": task,
             "id": s.id,
+            "cluster": s.cluster,
             "media": s.media,
             "question": s.question,
             "answer": self.answer,

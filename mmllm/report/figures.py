@@ -164,19 +164,22 @@ def table_rows(figures: Iterable[Figure]) -> list[tuple[str, ...]]:
 
 def print_figures(figures: Iterable[Figure], title: str | None = None) -> None:
     """The figures as a table in the terminal (tab-separated lines when the output is no terminal)."""
+    print_table(COLUMNS, table_rows(figures), title)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
+    """A table in the terminal, or tab-separated lines without the title when the output is no terminal."""
     import sys
 
-    rows = table_rows(figures)
     if not sys.stdout.isatty():
-        print("\t".join(c for c in COLUMNS))
-        for row in rows:
+        for row in (columns, *rows):
             print("\t".join(row))
         return
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title)
-    for i, column in enumerate(COLUMNS):
+    for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right")
     for row in rows:
         table.add_row(*row)

@@ -211,6 +211,31 @@ def test_gallery_is_drawn_by_seed_and_shows_truth_and_answer(dataset, tmp_path):
     assert all(a.right for i in items for a in i.answered)
 
 
+def test_compare_tells_a_leaning_from_blindness(dataset, tmp_path):
+    from mmllm.cli.compare import command
+
+    decoders = {"seeing": Seeing(dataset), "leaning": Seeing(dataset, lean=10), "blind": Blind(dataset)}
+    got = {k: figures_of(dataset, tmp_path / k, d, tasks=["pope", "caption"]) for k, d in decoders.items()}
+    verdicts = {}
+    for other in ("leaning", "blind"):
+        out = tmp_path / f"{other}.json"
+        result = CliRunner().invoke(command, [str(tmp_path / "seeing"), str(tmp_path / other), "--out", str(out)])
+        assert result.exit_code == 0 and "evaluated differently" not in result.output
+        verdicts[other] = {f.name: f for f in read_figures(out)}
+    lean, blind = verdicts["leaning"], verdicts["blind"]
+    assert lean["pope_seen_random_accuracy_difference"].value == lean["pope_seen_random_accuracy_difference"].low == 0.5
+    assert lean["pope_seen_adversarial_accuracy_difference"].verdict == "A better"
+    assert lean["pope_seen_random_auc_difference"].value == 0
+    assert lean["caption_seen_hit_ratio_difference"].verdict == "within the noise"
+    assert {f.verdict for f in blind.values()} == {"A better"} and len(blind) == 14
+    for figure, line in (("pope_accuracy_seen", "random_accuracy"), ("pope_auc_seen", "random_auc"),
+                         ("pope_accuracy_seen_popular", "popular_accuracy")):  # fmt: skip
+        arms = blind[f"pope_seen_{line}_difference"].arms
+        assert arms == {"a": got["seeing"][figure].value, "b": got["blind"][figure].value}
+    rows = [json.loads(x) for x in (tmp_path / "seeing" / "predictions.jsonl").read_text().splitlines()]
+    assert all(r["id"].split(":")[-2 if r["task"] == "pope" else -1] == r["cluster"] for r in rows)
+
+
 def test_user_errors_of_the_command(dataset, tmp_path):
     with pytest.raises(UserError, match="did you mean 'pope'"):
         run_eval("model", dataset, ["popp"], out=tmp_path, decoder=Seeing(dataset))
