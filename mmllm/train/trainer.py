@@ -118,6 +118,7 @@ class MMTrainer(Trainer):
             if last is not None and start >= self.args.max_steps:
                 self._load_from_checkpoint(str(last))
             else:
+                self.model.train()  # parts may be in eval mode inside a model that is not, and would lack their dropout
                 self.train(resume_from_checkpoint=str(last) if last else None)
                 if self.run.last_checkpoint(self.phase) is None:  # save_strategy "no": still mark the phase as done
                     self._save_checkpoint(self.model_wrapped, None)

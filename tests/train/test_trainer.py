@@ -158,6 +158,24 @@ def test_frozen_weights_stay(tmp_path):
     assert torch.equal(before, after["tower.weight"])
 
 
+def test_a_part_left_in_eval_mode_trains_with_its_dropout(tmp_path):
+    """A new module is in training mode whatever the parts that it is made of are in."""
+
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part = nn.Sequential(nn.Dropout(0.5), nn.Linear(8, 1)).eval()
+            self.modes = []
+
+        def forward(self, batch):
+            self.modes.append(self.part[0].training)
+            return {"loss": self.part(batch["x"]).square().mean()}
+
+    model = Wrapped()
+    make(tmp_path, model, lambda step, rank, world: {"x": torch.ones(4, 8)}).fit()
+    assert model.modes == [True] * 4
+
+
 def test_also_save_keeps_a_frozen_teacher(tmp_path):
     """A moving average has no gradient, yet a resumed run needs it."""
 
