@@ -21,6 +21,7 @@ COMMANDS = {
     "compare": "Compare two evaluated runs item by item: more than noise?",
     "serve": "Serve a model through vLLM (OpenAI API).",
     "export": "Write a trained run as a complete Hugging Face folder.",
+    "reproduce": "Run an experiment of the project again and write its report.",
     "data": "Build, check and preview data.",
     "doctor": "What is installed, what runs here, what is missing.",
     "cache": "List, verify or remove cached downloads and features.",

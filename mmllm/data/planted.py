@@ -77,7 +77,7 @@ def plant(labels: Sequence[str], pairs: int, seed: int) -> Prior:
     """
     if len(labels) <= 2 * pairs:
         raise ValueError(f"{len(labels)} labels are too few for {pairs} pairs and a clean thing")
-    order = [labels[i] for i in np.random.default_rng((seed, 31)).permutation(len(labels))]
+    order = [str(labels[i]) for i in np.random.default_rng((seed, 31)).permutation(len(labels))]
     ends = tuple((order[2 * k], order[2 * k + 1]) for k in range(pairs))
     return Prior(ends, tuple(order[2 * pairs :]))
 
@@ -175,9 +175,7 @@ class PlantedComposer:
         longest = max(8, round(float(rng.uniform(low, high)) * c.size * shrink))
         return tile.id, render_thing(rng, self.load(tile), longest, tile.flip, self.augment)
 
-    def _compose(
-        self, rng: np.random.Generator, seed: tuple[int, ...], pair: int, partner: bool, draw: Draw
-    ) -> Twins:
+    def _compose(self, rng: np.random.Generator, seed: tuple[int, ...], pair: int, partner: bool, draw: Draw) -> Twins:
         c, side = self.config, self.config.size
         labels = self._labels(rng, pair, partner)
         ground = self._ground(np.random.default_rng((*seed, 2)), pair, draw)
@@ -185,7 +183,8 @@ class PlantedComposer:
         shrink, corners, made = 1.0, [None], []
         while None in corners:  # what does not fit is drawn smaller, so that no thing is ever left out
             made = [self._render(seed, i, label, shrink) for i, label in enumerate(labels)]
-            order = sorted(range(len(made)), key=lambda i: (labels[i] in self.weak, -made[i][1].width * made[i][1].height))
+            area = [picture.width * picture.height for _, picture in made]
+            order = sorted(range(len(made)), key=lambda i: -area[i])  # the largest finds room first
             found = arrange(rng, [made[i][1].size for i in order], side)
             corners = [found[order.index(i)] for i in range(len(made))]
             shrink *= 0.9

@@ -22,9 +22,9 @@ def content_hash(content: Any) -> str:
 class Ledger:
     """Folders of finished stages below ``root``: ``<root>/<name>-<hash>/``.
 
-    A stage is finished when its folder holds ``done.json``, which is written last. Cut off before that, it is made again
-    in the same folder, so that a stage that knows how to resume can go on from what it finds there. Another key is
-    another folder; nothing is overwritten.
+    A stage is finished when its folder holds ``done.json``, which is written last. Cut off before that, it is made
+    again in the same folder, so that a stage that knows how to resume can go on from what it finds there. Another key
+    is another folder; nothing is overwritten.
     """
 
     def __init__(self, root: str | Path):

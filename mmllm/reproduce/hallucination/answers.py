@@ -1,4 +1,4 @@
-"""Puts the questions to the model under every condition; each portion of pictures is kept, so nights can be cut short."""
+"""Puts the questions to the model under every condition; each portion of pictures is kept, so a night may end early."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from mmllm.data.planted import Draw, PlantedComposer, PlantedConfig, Prior, plan
 from mmllm.data.starter_sets import write_jsonl
 from mmllm.data.tiles import Tile, tile_loader
 from mmllm.data.workers import Workers
-from mmllm.errors import UserError
+from mmllm.errors import UserError, unknown
 
 VERSION = 1  # raise it when the code makes other data from the same plan
 # Numbers that stand for the sets in a scene's seed; never renumber. With each its cut-outs and how it is drawn.
@@ -39,14 +39,15 @@ class DataPlan(StrictModel):
 
     Attributes:
         seed: of the pairs, the parts of the cut-outs and the scenes.
-        labels: things in all, the first so many of the source's vocabulary; ``pairs`` of them are planted.
+        labels: names of things, or how many from the beginning of the source's vocabulary; of them ``pairs`` pairs are
+            planted.
         train, dev_regions, dev_natural, dev_twins, natural, twins, swapped: scenes (pairs of scenes) of each set.
         scene: probabilities and looks.
         kinds: questions about each training scene; see ``mmllm.data.questions.scene_questions``.
     """
 
     seed: int = 0
-    labels: int = Field(default=26, ge=3)
+    labels: int | list[str] = 26
     pairs: int = Field(default=8, ge=1)
     train: int = Field(default=2000, ge=1)
     dev_regions: int = Field(default=60, ge=1)
@@ -65,18 +66,24 @@ def data_key(plan: DataPlan, source: Path) -> dict[str, Any]:
     return {"plan": plan.model_dump(), "source": about.get("recipe_hash"), "version": VERSION}
 
 
-def read_tiles(source: Path, labels: int) -> dict[str, list[Tile]]:
-    """The cut-outs of the first ``labels`` things of a starter dataset's vocabulary, of all vendors.
+def read_tiles(source: Path, labels: int | list[str]) -> dict[str, list[Tile]]:
+    """The cut-outs of things of a starter dataset's vocabulary, by all vendors.
 
     Raises:
-        UserError: the dataset has fewer things.
+        UserError: the dataset has fewer things, or not these.
     """
     concepts = json.loads((source / "concepts.json").read_text(encoding="utf-8"))["vocabulary"]
-    if len(concepts) < labels:
-        do = "take starter:full, or fewer labels"
-        raise UserError(f"the dataset has {len(concepts)} things, {labels} are wanted", source, do)
+    names = [c["label"] for c in concepts]
+    if isinstance(labels, int):
+        if len(names) < labels:
+            do = "take starter:full, or fewer labels"
+            raise UserError(f"the dataset has {len(names)} things, {labels} are wanted", source, do)
+        labels = names[:labels]
+    for label in labels:
+        if label not in names:
+            raise unknown("thing", label, names, source)
     pools: dict[str, list[Tile]] = {}
-    for c in concepts[:labels]:
+    for c in (concepts[names.index(label)] for label in labels):
         drawn = [*c["seen"], *c["new"]]
         ids = [i for i in drawn if (source / f"tiles/{i}.png").is_file()]  # some art could not be rendered
         pools[c["label"]] = [Tile(i, i.split("/")[0], i.split("/", 1)[1], c["label"], c["block"], c["subgroup"],
@@ -138,7 +145,10 @@ def build(plan: DataPlan, source: Path, folder: Path, workers: int = 2) -> None:
     for job, records in zip(jobs, Workers(workers).map(scene_records, jobs)):
         made[job["set"]] += records
     write_jsonl(folder / "align" / "regions_train.jsonl", made["train"])
-    write_jsonl(folder / "align" / "regions_dev.jsonl", made["dev_regions"])
+    weak = {b for _, b in prior.pairs}
+    for part, keep in (("strong", lambda box: box["text"] not in weak), ("weak", lambda box: box["text"] in weak)):
+        rows = [r | {"boxes": [b for b in r["boxes"] if keep(b)]} for r in made["dev_regions"]]
+        write_jsonl(folder / "align" / f"regions_dev_{part}.jsonl", rows)
     write_jsonl(folder / "tune" / "train.jsonl", conversations(made["train"], prior.labels, plan.kinds, plan.seed))
     for name in SETS:
         if name not in ("train", "dev_regions"):

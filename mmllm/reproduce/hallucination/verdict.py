@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmllm.evaluate.paired import ALPHA, PairedDifference, holm
+from mmllm.evaluate.paired import ALPHA, PairedDifference, holm, sign_flip_test
 from mmllm.evaluate.power import detectable_gain
 from mmllm.reproduce.hallucination import questions as q
 from mmllm.reproduce.hallucination.conditions import BIAS, RECALL_LOSS, SEEDS_FOR_CLAIM
@@ -27,7 +27,8 @@ class Contrast:
         auc, accuracy: on the primary endpoint's questions; pairs: twins both right; recall: of present things.
         caption_recall: difference, None where no captions were written.
         p_adjusted: of ``auc`` after Holm over the confirmatory comparisons; NaN for an exploratory one.
-        discordant: per training seed (right only here, right only by greedy, McNemar's exact p).
+        discordant: per training seed (right only here, right only by greedy, McNemar's exact p), questions independent.
+        flip_p: of the difference in accuracy, by flipping whole pictures.
         verdict: what may be said; empty for an exploratory comparison.
     """
 
@@ -39,6 +40,7 @@ class Contrast:
     caption_recall: float | None = None
     p_adjusted: float = math.nan
     discordant: Sequence[tuple[int, int, float]] = ()
+    flip_p: float = math.nan
     verdict: str = ""
 
 
@@ -50,14 +52,17 @@ def bias_took(bias: Interval) -> bool:
 def contrast(bench: Bench, judged: Judged, base: Judged, caption_recall: float | None = None) -> Contrast:
     """All differences of a condition from the base."""
     use = q.ADVERSARIAL
+    (here, clusters), (there, _) = bench.right(judged, use), bench.right(base, use)
+    every = np.tile(clusters, len(here))
     return Contrast(
         judged.name,
         bench.auc_gap(judged.margins, base.margins, use),
-        bench.gap(bench.right(judged, use), bench.right(base, use)),
+        bench.gap((here, clusters), (there, clusters)),
         bench.gap(bench.pairs(judged), bench.pairs(base)),
         bench.gap(bench.recall(judged), bench.recall(base)),
         caption_recall,
         discordant=() if judged.temperature else bench.mcnemar(judged, base, use),
+        flip_p=sign_flip_test(here.ravel(), there.ravel(), every, seed=bench.seed),
     )
 
 
