@@ -34,6 +34,10 @@ class Arm:
     steps: tuple[Step, ...]
 
 
+# Runs a step with its overrides in a run folder.
+Command = Callable[[Step, Sequence[str], Path], None]
+
+
 def run_command(step: Step, overrides: Sequence[str], out: Path) -> None:
     """Runs a training command in this process; an unfinished run in ``out`` is resumed."""
     resume = (out / "run.json").is_file()
@@ -53,7 +57,7 @@ def train_arm(
     dataset: Path,
     ledger: Ledger,
     depends: Mapping[str, Any],
-    command: Callable[[Step, Sequence[str], Path], None] = run_command,
+    command: Command = run_command,
 ) -> list[Path]:
     """The run folders of an arm's steps for one training seed; steps that are finished are not run again.
 
@@ -75,9 +79,7 @@ def train_arm(
     return runs
 
 
-def _into(
-    command: Callable[[Step, Sequence[str], Path], None], step: Step, overrides: Sequence[str], folder: Path
-) -> None:
+def _into(command: Command, step: Step, overrides: Sequence[str], folder: Path) -> None:
     command(step, overrides, folder / RUN)
 
 

@@ -22,7 +22,7 @@ from mmllm.errors import UserError
 from mmllm.evaluate.run import load_decoder
 from mmllm.evaluate.stats import best_threshold, derangement
 from mmllm.evaluate.tasks import Sample, shuffled
-from mmllm.reproduce.arms import Arm, Step, train_arm
+from mmllm.reproduce.arms import Arm, Command, Step, run_command, train_arm
 from mmllm.reproduce.hallucination import answers
 from mmllm.reproduce.hallucination import questions as q
 from mmllm.reproduce.hallucination.captions import CaptionTable, tabulate
@@ -119,13 +119,20 @@ def source_folder(offline: bool) -> Path:
 
 
 class Experiment:
-    """Holds what all stages need; every stage is kept in the ledger."""
+    """Holds what all stages need; every stage is kept in the ledger.
 
-    def __init__(self, plan: Plan, out: Path, offline: bool = False, conditions: Sequence[Condition] = CONDITIONS):
-        self.plan, self.conditions = plan, conditions
+    Args:
+        source: dataset that the cut-outs come from.
+        command: runs a training step.
+    """
+
+    def __init__(
+        self, plan: Plan, source: Path, out: Path, conditions: Sequence[Condition] = CONDITIONS,
+        command: Command = run_command,
+    ):  # fmt: skip
+        self.plan, self.conditions, self.command = plan, conditions, command
         self.ledger = Ledger(out)
         self.folders: dict[str, Path] = {}
-        source = source_folder(offline)
         self.key = data_key(plan.data, source)
         self.data = self.stage("data", self.key, partial(build, plan.data, source))
         self.prior = read_prior(self.data)
@@ -137,7 +144,7 @@ class Experiment:
 
     def train(self, seed: int) -> None:
         """Adds the model of a training seed."""
-        runs = train_arm(arm(self.plan), seed, self.data, self.ledger, self.key)
+        runs = train_arm(arm(self.plan), seed, self.data, self.ledger, self.key, self.command)
         self.folders |= {f"{run.parent.name.rpartition('-')[0]}": run.parent for run in runs}
         self.models.append(runs[-1])
 
@@ -173,10 +180,12 @@ def say(text: str) -> None:
     print(f"\n-- {text}", flush=True)
 
 
-def investigate(plan: Plan, out: Path, offline: bool = False, conditions: Sequence[Condition] = CONDITIONS) -> Findings:
-    """Runs every stage that is not finished yet."""
+def investigate(
+    plan: Plan, source: Path, out: Path, conditions: Sequence[Condition] = CONDITIONS, command: Command = run_command
+) -> Findings:
+    """Runs every stage that is not finished yet; arguments as of ``Experiment``."""
     say("data: planted scenes")
-    e = Experiment(plan, out, offline, conditions)
+    e = Experiment(plan, source, out, conditions, command)
     seed = plan.data.seed
     for k in range(plan.seeds):
         say(f"training seed {k}: align and tune")
@@ -296,7 +305,7 @@ def reproduce(
     plan: Plan = getattr(load_config("configs/effects/hallucination.yaml", [], Plans), size)
     if seeds is not None:
         plan = plan.model_copy(update={"seeds": seeds})
-    found = investigate(plan, out / size, offline)
+    found = investigate(plan, source_folder(offline), out / size)
     if size == "smoke" and written_size(docs) == "full":
         say(f"{docs} holds the report of the full size, which stays")
         docs = out / size
