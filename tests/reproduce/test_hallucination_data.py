@@ -1,4 +1,4 @@
-"""The experiment's data and questions: parts that never mix, exact twins, negatives drawn evenly, exact gold answers."""
+"""The experiment's data and questions: parts that never mix, exact twins, negatives drawn evenly, true gold answers."""
 
 from __future__ import annotations
 

@@ -13,16 +13,17 @@ from mmllm.evaluate.tasks import Sample
 from mmllm.reproduce.hallucination import questions as q
 from mmllm.reproduce.hallucination.analysis import analyse, figures_of
 from mmllm.reproduce.hallucination.captions import COUNTS, count_caption, tabulate
+from mmllm.reproduce.hallucination.conditions import DRAWN
 from mmllm.reproduce.hallucination.measures import Bench, Judged, choose, design_effect
 from mmllm.reproduce.hallucination.page import page
 from mmllm.reproduce.hallucination.run import Findings, Plan
-from mmllm.reproduce.hallucination.verdict import Contrast, bias_took, verdict
+from mmllm.reproduce.hallucination.verdict import Contrast, bias_took, drawn_verdict, verdict
 
 PRIOR = Prior((("cat", "spoon"), ("dog", "bus")), ("owl", "pear"))
 
 
 def samples(pairs: int = 60) -> list[Sample]:
-    """Per pair of twins: B on either twin, an unrelated B on the hidden one, and a present and an absent clean thing."""
+    """For each pair of twins: B on either, another B on the hidden one, and a present and an absent clean thing."""
     out = []
     for i in range(pairs):
         cluster = f"twins/{i}"
@@ -126,6 +127,20 @@ def contrast(**changes: object) -> Contrast:
 )
 def test_rules_of_decision(changes: dict, seeds: int, said: str) -> None:
     assert verdict(contrast(**changes), seeds) == said
+
+
+@pytest.mark.parametrize(
+    "lows, seeds, said",
+    [
+        ((0.01, 0.01, 0.01), 3, "reduces hallucination of sampled answers"),
+        ((0.01, 0.01, 0.01), 2, "points to less hallucination; 2 of 3 training seeds: not claimed"),
+        ((0.01, -0.01, 0.01), 3, "gains no more than mask alone: sharpening explains it"),
+        ((-0.01, 0.01, 0.01), 3, "null: no gain over sampling shown"),
+    ],
+)
+def test_drawn_answers_must_beat_all_three(lows: tuple[float, ...], seeds: int, said: str) -> None:
+    over = {name: PairedDifference(low + 0.02, low, low + 0.04, 0.01) for name, low in zip(DRAWN, lows)}
+    assert drawn_verdict(over, seeds) == said
 
 
 def test_the_manipulation_check() -> None:

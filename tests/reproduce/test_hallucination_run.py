@@ -18,12 +18,16 @@ from mmllm.errors import UserError
 from mmllm.report.figures import read_figures
 from mmllm.reproduce.arms import Step
 from mmllm.reproduce.hallucination import answers, page, run, verdict
-from mmllm.reproduce.hallucination.conditions import CONDITIONS, Condition, grid, minus, with_settings
+from mmllm.reproduce.hallucination.conditions import CONDITIONS, DRAWN, Condition, grid, minus, with_settings
+from mmllm.train.align import AlignConfig
+from mmllm.train.tune import TuneConfig
 
 PLANS = run.Plan(data=PLAN, captions=4, decoding_seeds=2, max_new_tokens=4)
 FEW = (
     Condition("greedy", "greedy", "baseline", captions=True),
     Condition("sample", "sample", "baseline", captions=True),
+    Condition("mask alone", "vcd:alpha=0,beta=0.1,temperature=1", "control"),
+    Condition("sample at T=1/4", "sample:temperature=0.25", "control"),
     Condition("identical view", "ritual:transform=identity,normalize=true,beta=0", "control"),
     Condition("vcd", "vcd:step=500", "method", tuned=True, captions=True, alone=minus("vcd:step=500")),
 )
@@ -76,8 +80,8 @@ def test_everything_is_kept_and_a_lost_portion_is_redone(
 ) -> None:
     monkeypatch.setattr(verdict, "BIAS", -1.0)
     found = run.investigate(PLANS, source, tmp_path / "run", FEW, save_tiny)
-    assert found.took and set(found.chosen) == {"vcd"} and found.chosen["vcd"] in grid(FEW[3])
-    expected = {"greedy", "sample", "identical view", "vcd", "vcd (dev)", "second view of vcd", "yes offset",
+    assert found.took and set(found.chosen) == {"vcd"} and found.chosen["vcd"] in grid(FEW[-1])
+    expected = {*DRAWN, "greedy", "identical view", "vcd", "vcd (dev)", "second view of vcd", "yes offset",
                 "unrelated picture"}  # fmt: skip
     assert set(found.judged) == expected
     greedy = found.judged["greedy"].margins
@@ -88,7 +92,14 @@ def test_everything_is_kept_and_a_lost_portion_is_redone(
     assert {name: len(t.counts) for name, t in found.captions.items()} == {
         "greedy": 4, "sample": 8, "vcd": 4, "vcd (dev)": 4}  # fmt: skip
     text = page.write_report(found, tmp_path / "docs", "smoke", "mmllm reproduce hallucination").read_text()
-    for head in ("Did the bias take?", "What this run could notice", "The test", "Every condition", "Captions"):
+    for head in (
+        "Did the bias take?",
+        "What this run could notice",
+        "The test",
+        "Every condition",
+        "Drawn answers",
+        "Captions",
+    ):
         assert f"## {head}" in text
     # A second call asks nothing, and finds the same.
     asked = len(calls)
@@ -129,6 +140,7 @@ def test_every_condition_can_be_read() -> None:
     assert with_settings("vcd:step=900", alpha=2, beta=0) == "vcd:step=900,alpha=2,beta=0"
     assert with_settings("vcd:alpha=1", alpha=0.25) == "vcd:alpha=0.25"
     names = [c.name for c in CONDITIONS]
+    assert set(DRAWN) < set(names)
     assert len(set(names)) == len(names) and names[0] == "greedy"
     assert len([c for c in CONDITIONS if c.tuned]) <= 8
     for c in CONDITIONS:
@@ -142,13 +154,10 @@ def test_both_sizes_are_valid_and_smoke_is_the_smaller() -> None:
     for name in ("train", "twins", "natural", "swapped", "pairs"):
         assert getattr(plans.smoke.data, name) < getattr(plans.full.data, name)
     for plan in (plans.smoke, plans.full):
-        for step in run.arm(plan).steps:
-            from mmllm.train.align import AlignConfig
-            from mmllm.train.tune import TuneConfig
-
-            config = run.load_config(step.config, step.overrides, AlignConfig if step.command == "align" else TuneConfig)
-            if isinstance(config, AlignConfig):
-                assert config.streams["image"].image_size == plan.data.scene.size
+        align, tune = run.arm(plan).steps
+        config = run.load_config(align.config, align.overrides, AlignConfig)
+        assert config.streams["image"].image_size == plan.data.scene.size
+        run.load_config(tune.config, tune.overrides, TuneConfig)
 
 
 def test_a_smoke_run_does_not_replace_a_full_report(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 from mmllm.report.figures import Figure
 from mmllm.reproduce.hallucination import questions as q
 from mmllm.reproduce.hallucination.captions import MEASURES
-from mmllm.reproduce.hallucination.conditions import BASE, BIAS
+from mmllm.reproduce.hallucination.conditions import BASE, BIAS, DRAWN
 from mmllm.reproduce.hallucination.measures import Interval, Judged
 from mmllm.reproduce.hallucination.run import Findings
-from mmllm.reproduce.hallucination.verdict import Contrast, Power, contrast, judge, power
+from mmllm.reproduce.hallucination.verdict import Contrast, Drawn, Power, contrast, drawn, judge, power
 
 SETS = {"twins": q.ADVERSARIAL, "natural": q.NATURAL[2], "swapped": q.SWAPPED}
 SETS |= {"natural_random": q.NATURAL[0], "natural_popular": q.NATURAL[1]}
@@ -27,6 +27,7 @@ class Analysis:
     Attributes:
         bias: the manipulation check.
         confirmed: dev-chosen settings against greedy, judged by the rules; explored: all other conditions, by name.
+        drawn: the same settings at T = 1.
         power: None where nothing was compared.
     """
 
@@ -34,6 +35,7 @@ class Analysis:
     bias: Interval
     confirmed: list[Contrast]
     explored: dict[str, Contrast]
+    drawn: list[Drawn]
     power: Power | None
 
     @property
@@ -58,7 +60,9 @@ def analyse(found: Findings) -> Analysis:
     confirmed = [contrasts.pop(name) for name in names]
     judge(confirmed, len(base.margins))
     able = power(bench, confirmed, [found.judged[n] for n in names], base) if confirmed else None
-    return Analysis(found, bench.mean(bench.bias(base)), confirmed, contrasts, able)
+    rivals = [found.judged[n] for n in DRAWN if n in found.judged]
+    at_one = [drawn(bench, found.judged[n], rivals) for n in names]
+    return Analysis(found, bench.mean(bench.bias(base)), confirmed, contrasts, at_one, able)
 
 
 def caption_gap(found: Findings, name: str) -> float | None:
@@ -89,6 +93,10 @@ def figures_of(a: Analysis, wall: float) -> list[Figure]:
                           unit="fraction", note=note))  # fmt: skip
     for c in a.confirmed:
         out += contrast_figures(a, c)
+    for d in a.drawn:
+        for rival, gap in d.over.items():
+            name = f"gain_drawn_{slug(d.name)}_over_{slug(rival)}"
+            out.append(_figure(a, name, gap[:3], note=f"p {show_p(gap.p)}; {d.verdict}"))
     for judged in a.found.judged.values():
         out += condition_figures(a, judged)
     for c in a.explored.values():

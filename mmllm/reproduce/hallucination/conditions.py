@@ -17,6 +17,8 @@ BIAS = 0.10
 RECALL_LOSS = 0.02
 SEEDS_FOR_CLAIM = 3
 BASE = "greedy"
+# What a method at T = 1 must beat, all three, before drawn answers are said to be better for it.
+DRAWN = ("sample", "mask alone", "sample at T=1/4")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from mmllm.report.figures import machine, write_figures
 from mmllm.reproduce.hallucination import questions as q
 from mmllm.reproduce.hallucination.analysis import Analysis, analyse, figures_of, name_of_verdicts, show_p
 from mmllm.reproduce.hallucination.captions import MEASURES
-from mmllm.reproduce.hallucination.conditions import BASE, BIAS, RULES
+from mmllm.reproduce.hallucination.conditions import BASE, BIAS, DRAWN, RULES
 from mmllm.reproduce.hallucination.measures import Interval
 from mmllm.reproduce.hallucination.run import Findings
 
@@ -58,7 +58,10 @@ SAMPLED = """\
 Expected accuracy, POPE-adversarial on twins, in percent. A gain over drawing at T = 1 counts for nothing unless it
 exceeds that of the plausibility mask alone and of a lower temperature.
 
-{table}"""
+{table}
+Methods at T = 1, with the settings chosen on dev; differences in points:
+
+{methods}"""
 CAPTIONS = """\
 ## Captions
 
@@ -104,8 +107,8 @@ def answer(a: Analysis) -> str:
     """The finding in one paragraph."""
     if not a.found.took:
         return (
-            f"**The bias did not take**: greedy says yes to an absent B {100 * a.bias[0]:.1f} points more often beside its "
-            f"A, more than {100 * BIAS:.0f} are needed. This run says nothing about decoding; nothing was compared.\n"
+            f"**The bias did not take**: greedy says yes to an absent B {100 * a.bias[0]:.1f} points more often beside "
+            f"its A; more than {100 * BIAS:.0f} are needed. This says nothing about decoding; nothing was compared.\n"
         )
     groups = name_of_verdicts(a.confirmed)
     count, claimed = len(a.confirmed), len(groups.get(CLAIM, []))
@@ -184,10 +187,13 @@ def sampled_section(a: Analysis) -> str:
     rows = [(f"{BASE}, not drawn", percent(bench.mean(bench.right(a.base, q.ADVERSARIAL))))]
     drawn = [j for j in a.found.judged.values() if j.temperature]
     rows += [(j.name, percent(bench.mean(bench.right(j, q.ADVERSARIAL)))) for j in drawn]
-    for c in a.confirmed:
-        right = bench.right(a.found.judged[c.name], q.ADVERSARIAL, 1.0)
-        rows.append((f"{c.name} at T = 1", percent(bench.mean(right))))
-    return SAMPLED.format(table=table(("condition", "accuracy"), rows))
+    methods = []
+    for d in a.drawn:
+        right = bench.mean(bench.right(a.found.judged[d.name], q.ADVERSARIAL, 1.0))
+        methods.append((d.name, percent(right), *(points(gap) for gap in d.over.values()), d.verdict))
+    over = [f"over {name}" for name in DRAWN]
+    return SAMPLED.format(table=table(("condition", "accuracy"), rows),
+                          methods=table(("method", "accuracy", *over, "verdict"), methods))  # fmt: skip
 
 
 def caption_section(a: Analysis) -> str:

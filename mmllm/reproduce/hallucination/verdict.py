@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from mmllm.evaluate.paired import ALPHA, PairedDifference, holm, sign_flip_test
 from mmllm.evaluate.power import detectable_gain
 from mmllm.reproduce.hallucination import questions as q
-from mmllm.reproduce.hallucination.conditions import BIAS, RECALL_LOSS, SEEDS_FOR_CLAIM
+from mmllm.reproduce.hallucination.conditions import BIAS, DRAWN, RECALL_LOSS, SEEDS_FOR_CLAIM
 from mmllm.reproduce.hallucination.measures import Bench, Interval, Judged, design_effect
 
 # Normal quantiles: what separates "80 % of the time" from the middle, and half a 95 % interval in standard errors.
@@ -92,6 +92,39 @@ def verdict(c: Contrast, seeds: int) -> str:
     if seeds < SEEDS_FOR_CLAIM:
         return f"points to less hallucination; {seeds} of {SEEDS_FOR_CLAIM} training seeds: not claimed"
     return "reduces hallucination"
+
+
+@dataclass
+class Drawn:
+    """A method's answers drawn at T = 1: expected accuracy minus that of each of ``DRAWN``, and what may be said."""
+
+    name: str
+    over: dict[str, PairedDifference]
+    verdict: str
+
+
+def drawn(bench: Bench, judged: Judged, rivals: Sequence[Judged]) -> Drawn:
+    """Compares a method at T = 1 with plain sampling, the mask alone and a lower temperature.
+
+    Args:
+        rivals: the conditions ``DRAWN``, at their own temperatures.
+    """
+    use = q.ADVERSARIAL
+    own = bench.right(judged, use, 1.0)
+    over = {r.name: bench.gap(own, bench.right(r, use)) for r in rivals}
+    return Drawn(judged.name, over, drawn_verdict(over, len(judged.margins)))
+
+
+def drawn_verdict(over: Mapping[str, PairedDifference], seeds: int) -> str:
+    """What the rules allow to say; ``over``: rival -> difference, plain sampling first."""
+    unbeaten = [name for name, gap in over.items() if not gap.low > 0]
+    if DRAWN[0] in unbeaten:
+        return "null: no gain over sampling shown"
+    if unbeaten:
+        return f"gains no more than {' and '.join(unbeaten)}: sharpening explains it"
+    if seeds < SEEDS_FOR_CLAIM:
+        return f"points to less hallucination; {seeds} of {SEEDS_FOR_CLAIM} training seeds: not claimed"
+    return "reduces hallucination of sampled answers"
 
 
 @dataclass
