@@ -13,7 +13,10 @@ import click
 @click.option("-a", "--audio", "sounds", multiple=True, type=click.Path(path_type=Path), help="A sound; repeatable.")
 @click.option("-q", "--question", help="Answer this one question and leave; without it a session begins.")
 @click.option(
-    "--decode", default="greedy", show_default=True, help="greedy, sample, vcd or ritual, with NAME:KEY=VALUE,..."
+    "--decode",
+    default="greedy",
+    show_default=True,
+    help="Any method as NAME:KEY=VALUE,... or @FILE; see mmllm decode list.",
 )
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Picture file for the boxes of an answer; default NAME.boxes.png."
@@ -40,7 +43,7 @@ def command(
 
     Pictures and sounds given with -i and -a stand before the question. In a session, /help lists the commands.
     """
-    from mmllm.decode.spec import parse_spec
+    from mmllm.decode.parse import parse_spec
     from mmllm.errors import UserError
     from mmllm.starter.chat import Chat, answer, talk
 

@@ -18,7 +18,10 @@ ALL = "pope,caption,side,box,interleaved,hear,retrieval"
 )
 @click.option("--tasks", help=f"Comma-separated; default: all that the given runs can answer, of {ALL}.")
 @click.option(
-    "--decode", default="greedy", show_default=True, help="greedy, vcd, ritual, sample; e.g. vcd:alpha=1,beta=0.1."
+    "--decode",
+    default="greedy",
+    show_default=True,
+    help="Any method as NAME:KEY=VALUE,... or @FILE; see mmllm decode list.",
 )
 @click.option("--limit", type=click.IntRange(1), help="Most scenes, sounds or pictures per task and split.")
 @click.option(

@@ -19,6 +19,7 @@ COMMANDS = {
     "chat": "Talk with a trained model about pictures and sounds.",
     "eval": "Measure a model, with intervals and controls.",
     "compare": "Compare two evaluated runs item by item: more than noise?",
+    "decode": "List, explain and trace decoding methods.",
     "serve": "Serve a model through vLLM (OpenAI API).",
     "export": "Write a trained run as a complete Hugging Face folder.",
     "reproduce": "Run an experiment of the project again and write its report.",

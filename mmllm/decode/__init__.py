@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mmllm.decode.parse import parse_spec
 from mmllm.decode.requests import Request, Result
-from mmllm.decode.spec import DecodeSpec, View, parse_spec
+from mmllm.decode.spec import DecodeSpec, View
 
 if TYPE_CHECKING:
     from mmllm.decode.engine import Decoder

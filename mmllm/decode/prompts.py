@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,20 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from mmllm.decode.ops import OPS
 from mmllm.decode.requests import Request
-from mmllm.decode.spec import DecodeSpec, View
-from mmllm.decode.views import SEEDED, TENSOR_OPS, change_picture, diffuse, view_seed
+from mmllm.decode.spec import DecodeSpec, Op, View
+from mmllm.decode.text_views import Messages, change_messages, without_media
+from mmllm.decode.views import (
+    TENSOR_OPS,
+    applies,
+    change_picture,
+    change_sound,
+    change_tensors,
+    diffuse_tensors,
+    seeded,
+    view_seed,
+)
 from mmllm.errors import UserError
 
 _TEXT_KEYS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
@@ -24,11 +35,62 @@ _CACHED_MEDIA = 256
 
 @dataclass
 class Media:
-    """A picture or sound, read from its file only when it must be processed; equal content has an equal key."""
+    """A picture or sound, read from its file only when it must be processed; equal content has an equal key.
+
+    Attributes:
+        ready: processed tensors and number of placeholder tokens, for media that come without their picture.
+    """
 
     kind: str
     key: str
     load: Callable[[], Any]
+    ready: tuple[dict[str, Tensor], int] | None = None
+
+
+@dataclass
+class Shown:
+    """A picture or sound as one view shows it."""
+
+    media: Media
+    ops: tuple[Op, ...] = ()
+    seed: int = 0
+
+    @property
+    def key(self) -> tuple:
+        """Equal for equal tensors."""
+        return (self.media.key, self.ops, self.seed if seeded(self.ops) else None)
+
+
+@dataclass(eq=False)
+class Row:
+    """One view of a prompt, as it goes into the model.
+
+    Attributes:
+        ids: tokens, media placeholders expanded.
+        shown: the media in the order of the placeholders.
+        model: operations inside the LLM on this row.
+        media_places: where the media tokens stand in ``ids``.
+        key: equal for rows that may share a prefix: the same media tensors, treated alike inside the model.
+        kept: [media tokens] bool, those that operation ``blind`` leaves; set before the prefill.
+        directions: [layers, H], what ``steer`` adds; set before the prefill.
+    """
+
+    ids: list[int]
+    shown: tuple[Shown, ...]
+    model: tuple[Op, ...]
+    media_places: list[int]
+    key: tuple = ()
+    kept: Tensor | None = None
+    directions: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        own = id(self) if any(OPS[op.name].reads for op in self.model) else None
+        self.key = (tuple(s.key for s in self.shown), self.model, own)
+
+    @property
+    def placeholders(self) -> int:
+        """Number of tokens up to and including the last media token."""
+        return self.media_places[-1] + 1 if self.media_places else 0
 
 
 @dataclass
@@ -37,28 +99,27 @@ class Prompt:
 
     Attributes:
         index: place in the caller's list.
-        ids: prompt tokens, media placeholders expanded.
-        media: in the order of the placeholders.
-        placeholders: number of tokens up to and including the last media token.
+        rows: its different rows, view 0 first; views that come out alike share one.
+        view_row: for each view, view 0 first, the number of its row.
     """
 
     index: int
-    ids: list[int]
-    media: list[Media]
     spec: DecodeSpec
     seed: int
-    placeholders: int = 0
+    rows: list[Row] = field(default_factory=list)
+    view_row: list[int] = field(default_factory=list)
 
     @property
-    def views(self) -> tuple[View | None, ...]:
-        """View 0 (None) and the further ones; views that change media need media."""
-        return (None, *self.spec.views) if self.media else (None,)
+    def ids(self) -> list[int]:
+        return self.rows[0].ids
 
-    @property
-    def group(self) -> tuple:
-        """Equal for prompts whose rows have the same media tensors in every view."""
-        seeded = any(v is not None and v.op in SEEDED for v in self.views)
-        return (tuple(m.key for m in self.media), self.spec, self.seed if seeded else None)
+    def add(self, row: Row) -> None:
+        """Adds the next view's row, or points to an equal one."""
+        equal = (i for i, held in enumerate(self.rows) if held.key == row.key and held.ids == row.ids)
+        at = next(equal, len(self.rows))
+        if at == len(self.rows):
+            self.rows.append(row)
+        self.view_row.append(at)
 
 
 class PromptEncoder:
@@ -72,34 +133,74 @@ class PromptEncoder:
         self._tensors: OrderedDict[tuple, tuple[dict[str, Tensor], int]] = OrderedDict()
         self._expands: dict[tuple[str, ...], bool] = {}
 
-    def prompt(self, index: int, request: Request) -> Prompt:
-        """Token ids and media of a request."""
+    def prompt(self, index: int, request: Request, caption: str | None = None) -> Prompt:
+        """Token ids and media of all views of a request.
+
+        Args:
+            caption: the model's description of the media, where the method needs one.
+        """
         messages, media = self._load(request.messages)
-        ids = self._ids(messages, media)
-        last = 0
-        if media:
-            special = set(self.placeholder_ids.values())
-            last = 1 + max(i for i, token in enumerate(ids) if token in special)
-        return Prompt(index, ids, media, request.spec, request.seed, last)
+        prompt = Prompt(index, request.spec, request.seed)
+        for view in (View(model=request.spec.base), *request.spec.views):
+            shown = self.shown(view, media, request.seed)
+            words = self._words(view, messages, media, caption)
+            alike = prompt.rows and not view.text and [s.media for s in shown] == media
+            ids = prompt.rows[0].ids if alike else self._ids(words, [s.media for s in shown])
+            prompt.add(self.row(ids, shown, view.model))
+        return prompt
 
-    def tensors(self, prompt: Prompt, view_index: int) -> list[dict[str, Tensor]]:
-        """Processed tensors of each of the prompt's media in one view, first dimension 1."""
-        view = prompt.views[view_index]
-        result = []
-        for place, item in enumerate(prompt.media):
-            seed = view_seed(prompt.seed, view_index, place)
-            if view is None:
-                result.append(self._process(item)[0])
-            elif view.op in TENSOR_OPS:
-                result.append(_noised(self._process(item)[0], view, seed))
-            elif item.kind == "image":
-                key = (item.key, view.op, seed if view.op in SEEDED else None)
-                result.append(self._process(item, key, lambda x, v=view, s=seed: change_picture(v, x, s))[0])
-            else:
-                result.append(self._process(item)[0])
-        return result
+    def row(self, ids: list[int], shown: list[Shown], model: tuple[Op, ...]) -> Row:
+        """A row; what works on media tokens is left out where there are none."""
+        special = set(self.placeholder_ids.values())
+        places = [i for i, token in enumerate(ids) if token in special]
+        return Row(ids, tuple(shown), tuple(op for op in model if places or op.name == "steer"), places)
 
-    def _ids(self, messages: list[dict], media: list[Media]) -> list[int]:
+    def tensors(self, row: Row) -> list[dict[str, Tensor]]:
+        """Processed tensors of each of the row's media, first dimension 1."""
+        return [self._shown_tensors(item) for item in row.shown]
+
+    def _shown_tensors(self, item: Shown) -> dict[str, Tensor]:
+        if item.media.ready:
+            tensors = item.media.ready[0]
+            for op in item.ops:
+                tensors = change_tensors(op, tensors, item.seed)
+            return tensors
+        raw_ops = tuple(op for op in item.ops if op.name not in TENSOR_OPS)
+        tensors = self._process(item.media, raw_ops, item.seed)[0]
+        for op in item.ops:
+            if op.name in TENSOR_OPS:
+                tensors = diffuse_tensors(tensors, op["step"], item.seed)
+        return tensors
+
+    def shown(self, view: View, media: list[Media], seed: int) -> list[Shown]:
+        """The media as a view shows them, without those that it drops."""
+        found = []
+        for place, item in enumerate(media):
+            ops = tuple(op for op in view.media if applies(op, item.kind))
+            if any(op.name == "drop" for op in ops) or any(op.name == "caption" for op in view.text):
+                continue
+            for op in ops:
+                if op.name == "other":
+                    item = self._media(item.kind, op["path"])
+            ops = tuple(op for op in ops if op.name != "other")
+            found.append(Shown(item, ops, view_seed(seed, ops, place)))
+        return found
+
+    def _words(self, view: View, messages: Messages, media: list[Media], caption: str | None) -> Messages:
+        """The messages of one view."""
+        described = any(op.name == "caption" for op in view.text)
+        dropping = {
+            place for place, m in enumerate(media) if any(o.name == "drop" and applies(o, m.kind) for o in view.media)
+        }
+        dropped = set(range(len(media))) if described else dropping
+        if dropped:
+            messages = without_media(messages, dropped, caption if described else None)
+        for op in view.text:
+            if op.name != "caption":
+                messages = change_messages(op, messages)
+        return messages
+
+    def _ids(self, messages: Messages, media: list[Media]) -> list[int]:
         """Tokens of the whole prompt.
 
         Processing all media again for each question on the same picture would cost more than the LLM's forward, so the
@@ -107,6 +208,8 @@ class PromptEncoder:
         processor that does more than repeat its placeholder is called in full every time.
         """
         kinds = tuple(m.kind for m in media)
+        if self.processor is self.tokenizer:  # a text-only model: its template wants plain strings
+            messages = [{**m, "content": "".join(part["text"] for part in m["content"])} for m in messages]
         if self._expands.get(kinds) is False:
             return self._full_ids(messages, media)
         text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -117,7 +220,7 @@ class PromptEncoder:
             return full
         return ids
 
-    def _full_ids(self, messages: list[dict], media: list[Media]) -> list[int]:
+    def _full_ids(self, messages: Messages, media: list[Media]) -> list[int]:
         left = iter(media)
         if media:
             messages = [{**m, "content": [_loaded(part, left) for part in m["content"]]} for m in messages]
@@ -135,13 +238,15 @@ class PromptEncoder:
             result.extend([token] * (self._process(item)[1] if item is not None else 1))
         return result
 
-    def _process(self, item: Media, key: tuple | None = None, change: Any = None) -> tuple[dict[str, Tensor], int]:
+    def _process(self, item: Media, ops: tuple[Op, ...] = (), seed: int = 0) -> tuple[dict[str, Tensor], int]:
         """Tensors of one picture or sound and the number of its placeholder tokens, from a small cache."""
-        key = key or (item.key,)
+        key = Shown(item, ops, seed).key
         if key in self._tensors:
             self._tensors.move_to_end(key)
             return self._tensors[key]
-        raw = change(item.load()) if change else item.load()
+        raw: Any = item.load()
+        for op in ops:
+            raw = change_picture(op, raw, seed) if item.kind == "image" else change_sound(op, raw, seed)
         message = [{"role": "user", "content": [{"type": item.kind, item.kind: raw}]}]
         out = self.processor.apply_chat_template(message, tokenize=True, return_dict=True, return_tensors="pt")
         count = int((out["input_ids"] == self.placeholder_ids[item.kind]).sum())
@@ -151,7 +256,7 @@ class PromptEncoder:
             self._tensors.popitem(last=False)
         return made
 
-    def _load(self, messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Media]]:
+    def _load(self, messages: list[dict[str, Any]]) -> tuple[Messages, list[Media]]:
         """Messages whose content is always a list of parts, without the media themselves; the media in order."""
         loaded, media = [], []
         for message in messages:
@@ -167,8 +272,6 @@ class PromptEncoder:
                 item = self._media(kind, part.get(kind, part.get("path")))
                 media.append(item)
                 parts[i] = {"type": kind}
-            if self.processor is self.tokenizer:  # a text-only model: its template wants plain strings
-                parts = "".join(part["text"] for part in parts)
             loaded.append({**message, "content": parts})
         return loaded, media
 
@@ -211,22 +314,6 @@ def join(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return joined
 
 
-def _noised(tensors: dict[str, Tensor], view: View, seed: int) -> dict[str, Tensor]:
-    """Noise on the picture or spectrogram, masks left alone.
-
-    Spectrograms are not always normalised to unit variance as pictures are, so they are scaled to it and back: the
-    signal-to-noise ratio of a step is then the same for both.
-    """
-    step = dict(view.args)["step"]
-    changed = dict(tensors)
-    for key in ("pixel_values", "input_features"):
-        if key in tensors:
-            x = tensors[key]
-            scale = 1.0 if key == "pixel_values" else float(x.float().std()) or 1.0
-            changed[key] = diffuse(x / scale, step, seed) * scale
-    return changed
-
-
 def _loaded(part: dict[str, Any], media: Iterator[Media]) -> dict[str, Any]:
     return part if part["type"] == "text" else {"type": part["type"], part["type"]: next(media).load()}
 
@@ -237,7 +324,10 @@ def _digest(data: bytes, shape: tuple) -> str:
 
 def _placeholder(model: Any, processor: Any, kind: str) -> int | None:
     """The id of the placeholder token; None for a modality that the model was not built with."""
-    if getattr(processor, {"image": "image_processor", "audio": "feature_extractor"}[kind], None) is None:
+    if (
+        processor is not None
+        and getattr(processor, {"image": "image_processor", "audio": "feature_extractor"}[kind], None) is None
+    ):
         return None
     for holder in (processor, model.config):
         for name in (f"{kind}_token_id", f"{kind}_token_index"):

@@ -1,182 +1,220 @@
-"""A decoding method as data: views of the prompt, their weights, a plausibility mask and how a token is picked."""
+"""A decoding method as data: views of the prompt, how their logits are mixed, a plausibility mask, how to pick."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from mmllm.errors import UserError, unknown
-from mmllm.registry import get, names, register
+Select = Literal["divergent", "likeliest", "mean"]
 
-# Media transforms of RITUAL (Woo et al. 2024); "random" draws one of the six per request.
-RITUAL_TRANSFORMS = ("hflip", "vflip", "rotate", "jitter", "blur", "crop")
+
+@dataclass(frozen=True)
+class Op:
+    """One named operation with its parameters; ``mmllm.decode.ops`` lists all of them and checks both.
+
+    Attributes:
+        name: such as ``diffuse`` or ``apc``.
+        args: (parameter, value) pairs, all parameters present, in the order of the table.
+    """
+
+    name: str
+    args: tuple[tuple[str, Any], ...] = ()
+
+    def __getitem__(self, key: str) -> Any:
+        return dict(self.args)[key]
 
 
 @dataclass(frozen=True)
 class View:
-    """The prompt with changed media.
+    """The prompt seen differently: changed media, changed words, or changed inside the model.
 
     Attributes:
-        op: name of a media operation in ``mmllm.decode.views`` (``diffuse``, ``hflip``, ..., ``identity``).
-        weight: what the logits of this view are multiplied by.
-        args: parameters of the operation as (name, value) pairs.
+        media: operations on pictures and sounds, applied in order.
+        text: operations on the messages.
+        model: operations on this row inside the LLM (attention, hidden states).
     """
 
-    op: str
+    media: tuple[Op, ...] = ()
+    text: tuple[Op, ...] = ()
+    model: tuple[Op, ...] = ()
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Logits of the base row read off earlier layers.
+
+    Attributes:
+        layers: ``low`` or ``high`` (every second layer of that half), ``a:b`` or ``a,b,c``; whole numbers count
+            layer outputs from 1, numbers below 1 are shares of the depth.
+        select: which of them counts: ``divergent`` (farthest from the last layer, DoLa), ``likeliest`` (highest
+            probability of a candidate token, DeCo) or ``mean`` (mean of the logits).
+        norm: apply the final norm before the head.
+    """
+
+    layers: str
+    select: Select = "divergent"
+    norm: bool = True
+
+
+@dataclass(frozen=True)
+class Term:
+    """One contribution to the mix, beside the base logits ``z_0``.
+
+    Attributes:
+        source: number of a view (1 is the first further view) or a tap; its logits are ``z``.
+        kind: ``contrast`` adds ``weight * (z_0 - z)``, ``add`` adds ``weight * z``.
+        weight: constant factor.
+        rule: makes the factor depend on the step or the logits (``growth``, ``agreement``, ``probability``).
+    """
+
+    source: int | Tap
+    kind: Literal["contrast", "add"]
     weight: float
-    args: tuple[tuple[str, Any], ...] = ()
+    rule: Op | None = None
 
 
 @dataclass(frozen=True)
 class DecodeSpec:
-    """How to choose tokens: ``scores = base_weight * z_0 + sum_k weight_k * z_k``, masked, then picked.
+    """``scores = z_0 + sum of terms``, divided by the gain if normalised, masked, then picked from.
 
-    View 0 is always the untouched prompt. The mask keeps token i where ``z_0[i] >= max(z_0) + log(beta)``.
+    View 0 is the untouched prompt, and masks look at its logits alone, in float32, before temperature.
 
     Attributes:
-        name: the preset's name.
-        params: the preset's parameters that differ from its defaults, for ``str(spec)``.
+        methods: (preset, its parameters that differ from the defaults); empty for a program given term by term.
         views: the further views.
-        base_weight: weight of view 0.
-        beta: plausibility threshold in [0, 1]; 0 switches the mask off.
-        normalize: divide the weighted sum by the gain, so that agreeing views give the base logits.
+        base: operations inside the model on view 0.
+        terms: what is added to ``z_0``.
+        masks: ``apc``, ``nucleus``, ``agreement``; a token must pass all of them.
+        normalize: divide by the gain, so that agreeing views give the base logits.
         temperature: 0 takes the best token, above 0 samples; applied after mix and mask.
         top_k, top_p, min_p: cuts of the sampling distribution; 0, 1 and 0 switch them off.
     """
 
-    name: str = "greedy"
-    params: tuple[tuple[str, Any], ...] = ()
+    methods: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = ()
     views: tuple[View, ...] = ()
-    base_weight: float = 1.0
-    beta: float = 0.0
+    base: tuple[Op, ...] = ()
+    terms: tuple[Term, ...] = ()
+    masks: tuple[Op, ...] = ()
     normalize: bool = False
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
-    label_preserving: bool = field(default=True, compare=False)
+
+    @property
+    def name(self) -> str:
+        return "+".join(name for name, _ in self.methods) or "custom"
 
     @property
     def gain(self) -> float:
-        """What the logits are multiplied by when all views agree: an inverse temperature (1 after ``normalize``)."""
-        return 1.0 if self.normalize else self.base_weight + sum(v.weight for v in self.views)
+        """What the logits are multiplied by when all views agree: an inverse temperature (1 after ``normalize``).
+
+        Factors of a rule count with their largest value, so for DeCo this is the upper end.
+        """
+        return 1.0 if self.normalize else self.raw_gain
+
+    @property
+    def raw_gain(self) -> float:
+        """The gain before ``normalize``: 1 plus the weights of what is added; contrasts cancel."""
+        return 1.0 + sum(t.weight for t in self.terms if t.kind == "add")
+
+    @property
+    def constant(self) -> bool:
+        """True when the mix is the same weighted sum of views at every step and for every logits."""
+        return all(t.rule is None and isinstance(t.source, int) for t in self.terms)
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Weight of every view, view 0 first, with ``normalize`` applied."""
-        raw = (self.base_weight, *(v.weight for v in self.views))
-        total = sum(raw)
-        return tuple(w / total for w in raw) if self.normalize else raw
+        """Weight of every view, view 0 first, of a constant mix, with ``normalize`` applied."""
+        table = [1.0] + [0.0] * len(self.views)
+        for term in self.terms:
+            assert isinstance(term.source, int)
+            if term.kind == "contrast":
+                table[0] += term.weight
+                table[term.source] -= term.weight
+            else:
+                table[term.source] += term.weight
+        return tuple(w / self.raw_gain for w in table) if self.normalize else tuple(table)
+
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        """The different taps of the terms."""
+        return tuple(dict.fromkeys(t.source for t in self.terms if isinstance(t.source, Tap)))
 
     @property
     def do_sample(self) -> bool:
         return self.temperature > 0
 
     def __str__(self) -> str:
-        return self.name + (":" + ",".join(f"{k}={_show(v)}" for k, v in self.params) if self.params else "")
+        from mmllm.decode.parse import to_string
+
+        return to_string(self)
+
+    def to_dict(self, expand: bool = False) -> dict[str, Any]:
+        """The object form, which ``parse_spec`` reads back; ``expand`` writes the program instead of the presets."""
+        from mmllm.decode.parse import to_object
+
+        return to_object(self, expand)
+
+    def to_yaml(self, expand: bool = False) -> str:
+        """The YAML form, which ``parse_spec`` reads back from ``@FILE``."""
+        import yaml
+
+        return yaml.safe_dump(self.to_dict(expand), sort_keys=False, allow_unicode=True)
 
 
-def _show(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-@register("decode", "greedy")
-def greedy() -> DecodeSpec:
-    """The best token at each step."""
-    return DecodeSpec("greedy")
-
-
-@register("decode", "sample")
-def sample(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> DecodeSpec:
-    """Plain sampling."""
-    return DecodeSpec("sample", temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-
-
-@register("decode", "vcd")
-def vcd(alpha: float = 1.0, beta: float = 0.1, step: int = 500, temperature: float = 0.0) -> DecodeSpec:
-    """Visual contrastive decoding (Leng et al. 2023, arXiv 2311.16922): (1 + alpha) z_0 - alpha z_noised, gain 1."""
-    if not 0 <= step <= 999:
-        raise UserError(f"step={step} is not in 0..999", "decode vcd")
-    views = (View("diffuse", -alpha, (("step", step),)),) if alpha else ()
-    return DecodeSpec("vcd", views=views, base_weight=1 + alpha, beta=beta, temperature=temperature)
-
-
-@register("decode", "ritual")
-def ritual(
-    alpha: float = 3.0,
-    beta: float = 0.1,
-    transform: str = "random",
-    normalize: bool = False,
-    temperature: float = 0.0,
-) -> DecodeSpec:
-    """RITUAL (Woo et al. 2024, arXiv 2405.17821): z_0 + alpha z_transformed; gain 1 + alpha unless normalised.
-
-    ``transform`` is one of hflip, vflip, rotate, jitter, blur, crop, identity, or random: one of the first six, drawn
-    for each request. Flips, rotations and crops change what "left", "above" and boxes mean.
-    """
-    valid = (*RITUAL_TRANSFORMS, "random", "identity")
-    if transform not in valid:
-        raise unknown("transform", transform, valid, "decode ritual")
-    views = (View(transform, alpha),) if alpha else ()
-    return DecodeSpec(
-        "ritual",
-        views=views,
-        beta=beta,
-        normalize=normalize,
-        temperature=temperature,
-        label_preserving=transform in ("jitter", "blur", "identity"),
+def without_idle(spec: DecodeSpec) -> DecodeSpec:
+    """The same method without terms of weight 0 and without views that no term uses."""
+    terms = [t for t in spec.terms if t.weight != 0]
+    used = sorted({t.source for t in terms if isinstance(t.source, int)})
+    number = {old: new for new, old in enumerate(used, 1)}
+    masks = tuple(m for m in spec.masks if m.name != "agreement" or m["view"] in number)
+    return replace(
+        spec,
+        views=tuple(spec.views[i - 1] for i in used),
+        terms=tuple(_renumbered(t, number) for t in terms),
+        masks=tuple(_renumbered_mask(m, number) for m in masks),
     )
 
 
-def parse_spec(spec: str | DecodeSpec) -> DecodeSpec:
-    """``"vcd:alpha=1,beta=0.1,step=500"`` -> DecodeSpec; a DecodeSpec passes through.
+def merge(specs: list[DecodeSpec]) -> DecodeSpec:
+    """Methods joined by ``+``: their terms add up on one base row, equal views are computed once.
 
-    Raises:
-        UserError: unknown method or parameter (with the nearest valid one), or a value that cannot be read.
+    Masks of the same kind keep the stricter one.
     """
-    if isinstance(spec, DecodeSpec):
-        return spec
-    name, _, rest = spec.strip().partition(":")
-    if not name:
-        raise UserError("empty decoding method", do=f"valid: {', '.join(names('decode'))}")
-    build: Callable[..., DecodeSpec] = get("decode", name)
-    valid = inspect.signature(build, eval_str=True).parameters
-    given: dict[str, Any] = {}
-    for item in filter(None, (part.strip() for part in rest.split(","))):
-        key, eq, text = (s.strip() for s in item.partition("="))
-        if not eq:
-            raise UserError(f"'{item}' is not key=value", f"decode {name}", f"write {name}:KEY=VALUE,...")
-        if key not in valid:
-            raise unknown("parameter", key, valid, f"decode {name}")
-        given[key] = _read(text, valid[key].annotation, f"decode {name}: {key}")
-    built = build(**given)
-    for key in ("beta", "top_p", "min_p"):
-        if not 0 <= getattr(built, key) <= 1:
-            raise UserError(f"{key}={getattr(built, key):g} is not in 0..1", f"decode {name}")
-    if built.temperature < 0 or built.top_k < 0:
-        raise UserError("temperature and top_k cannot be negative", f"decode {name}")
-    if built.normalize and built.base_weight + sum(v.weight for v in built.views) <= 0:
-        raise UserError("normalize needs weights with a positive sum", f"decode {name}")
-    changed = tuple((k, v) for k, v in given.items() if v != valid[k].default)
-    return DecodeSpec(**{**_fields(built), "params": changed})
+    views: list[View] = []
+    terms: list[Term] = []
+    masks: dict[str, Op] = {}
+    for spec in specs:
+        number: dict[int, int] = {}
+        for i, view in enumerate(spec.views, 1):
+            if view not in views:
+                views.append(view)
+            number[i] = views.index(view) + 1
+        terms += [_renumbered(t, number) for t in spec.terms]
+        for mask in (_renumbered_mask(m, number) for m in spec.masks):
+            held = masks.get(mask.name)
+            masks[mask.name] = mask if held is None else _stricter(held, mask)
+    return DecodeSpec(
+        methods=tuple(m for spec in specs for m in spec.methods),
+        views=tuple(views),
+        base=tuple(dict.fromkeys(op for spec in specs for op in spec.base)),
+        terms=tuple(terms),
+        masks=tuple(masks.values()),
+    )
 
 
-def _fields(spec: DecodeSpec) -> dict[str, Any]:
-    return {key: getattr(spec, key) for key in spec.__dataclass_fields__}
+def _renumbered(term: Term, number: dict[int, int]) -> Term:
+    return replace(term, source=number[term.source]) if isinstance(term.source, int) else term
 
 
-def _read(text: str, kind: type, where: str) -> Any:
-    if kind is bool:
-        if text.lower() in ("true", "yes", "1", "false", "no", "0"):
-            return text.lower() in ("true", "yes", "1")
-        raise UserError(f"'{text}' is not true or false", where)
-    try:
-        value = kind(text)
-    except ValueError:
-        wanted = {"int": "an integer", "float": "a number"}.get(kind.__name__, kind.__name__)
-        raise UserError(f"'{text}' is not {wanted}", where) from None
-    if kind is float and value - value != 0:  # nan or infinite
-        raise UserError(f"'{text}' is not a finite number", where)
-    return value
+def _renumbered_mask(mask: Op, number: dict[int, int]) -> Op:
+    return Op(mask.name, (("view", number[mask["view"]]),)) if mask.name == "agreement" else mask
+
+
+def _stricter(a: Op, b: Op) -> Op:
+    if a.name == "apc":
+        return max(a, b, key=lambda m: m["beta"])
+    if a.name == "nucleus":
+        return Op("nucleus", (("top_k", min(a["top_k"], b["top_k"])), ("top_p", min(a["top_p"], b["top_p"]))))
+    return a

@@ -17,7 +17,7 @@ from mmllm.report.figures import Figure, number, write_figures
 # (task, split, id) of an item.
 Key = tuple[str, str, str]
 SETTINGS = ("data", "seed", "limit")
-COLUMNS = ("compared", "A", "B", "A - B", "95 % interval", "n", "clusters", "McNemar p", "p", "p (Holm)", "")
+COLUMNS = ("in percent", "A", "B", "A - B", "95 % interval", "n (clusters)", "McNemar p", "p", "p (Holm)", "")
 VERDICTS = {"a better": "A better", "b better": "B better", "within noise": "within the noise"}
 NAMED = 3
 
@@ -232,14 +232,14 @@ def _left_out_notes(left_out: dict[str, dict[str, list[str]]]) -> list[str]:
 
 
 def table_rows(lines: list[Comparison]) -> list[tuple[str, ...]]:
-    """One row of strings per line of a comparison; columns as in ``COLUMNS``."""
+    """One row of strings per line of a comparison; columns as in ``COLUMNS``, names in words that can be wrapped."""
     rows = []
     for c in lines:
         known = c.to_dict()
-        values = (number(known[k]) for k in ("value_a", "value_b", "difference"))
-        interval = "" if known["low"] is None else f"{number(c.low)} … {number(c.high)}"
+        values = (number(known[k]).removesuffix(" %") for k in ("value_a", "value_b", "difference"))
+        interval = "" if known["low"] is None else f"{100 * c.low:.1f} … {100 * c.high:.1f}"
         tests = (p_value(known[k]) for k in ("mcnemar", "p", "p_adjusted"))
-        rows.append((c.name, *values, interval, str(c.n), str(c.clusters), *tests, VERDICTS[c.verdict]))
+        rows.append((c.name.replace("_", " "), *values, interval, f"{c.n} ({c.clusters})", *tests, VERDICTS[c.verdict]))
     return rows
 
 

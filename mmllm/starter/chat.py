@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmllm.data.questions import picture_prefix
-from mmllm.decode.spec import DecodeSpec, parse_spec
+from mmllm.decode.parse import parse_spec
+from mmllm.decode.spec import DecodeSpec
 from mmllm.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from mmllm.decode import Decoder, Result
+    from mmllm.decode import Decoder, Request, Result
 
 HELP = """\
   /image PATH     show a picture with the next question
@@ -79,12 +80,8 @@ class Chat:
         Raises:
             UserError: the question is empty.
         """
-        from mmllm.decode import Request
-
-        if not question.strip():
-            raise UserError("the question is empty", do="write one after -q, or a line in the chat")
-        turn = {"role": "user", "content": [*announced(self.pending), {"type": "text", "text": question.strip()}]}
-        request = Request([*self.messages, turn], self.spec, self.max_new_tokens, self.seed)
+        request = self.request(question)
+        turn = request.messages[-1]
         streamer = None if on_piece is None else lambda _, piece: on_piece(piece)
         result = self.decoder.generate([request], streamer)[0]
         self._asked = True
@@ -92,6 +89,19 @@ class Chat:
             self.messages = [*self.messages, turn, {"role": "assistant", "content": result.text}]
             self.pending = []
         return result
+
+    def request(self, question: str) -> Request:
+        """The question after all that was said and shown so far.
+
+        Raises:
+            UserError: the question is empty.
+        """
+        from mmllm.decode import Request
+
+        if not question.strip():
+            raise UserError("the question is empty", do="write one after -q, or a line in the chat")
+        turn = {"role": "user", "content": [*announced(self.pending), {"type": "text", "text": question.strip()}]}
+        return Request([*self.messages, turn], self.spec, self.max_new_tokens, self.seed)
 
     def reset(self) -> None:
         """Forgets questions, answers, pictures and sounds."""

@@ -1,6 +1,5 @@
 """The decoder on our own model class, with pictures and sounds in one batch."""
 
-
 import numpy as np
 import pytest
 import torch

@@ -41,7 +41,7 @@ def test_zero_weight_views_are_dropped():
         ("vcd:alpha=nan", "finite"),
         ("vcd:step=1000", "0..999"),
         ("vcd:beta=1.5", "0..1"),
-        ("sample:temperature=-1", "negative"),
+        ("sample:temperature=-1", "not in 0..inf"),
         ("ritual:normalize=maybe", "true or false"),
         ("vcd:alpha", "key=value"),
         ("", "empty"),

@@ -6,6 +6,7 @@ from tiny_llava import ask, picture, tiny_llama, tiny_llava
 
 from mmllm.decode import Decoder, Request, parse_spec
 from mmllm.decode.mix import log_probabilities
+from mmllm.decode.prepare import captions
 from mmllm.errors import UserError
 
 QUESTIONS = ["Is there a cat?", "hi", "How many things are there?", "Where is the dog, and where is the cat?"]
@@ -108,33 +109,42 @@ def test_noise_and_draws_follow_the_seed_only(decoder):
     assert run(1, "sample") != run(2, "sample")
 
 
-def reference_log_probability(model, processor, request, answer_ids):
-    """Full forward without cache, tree or padding; views made one by one."""
-    given = inputs(processor, request.messages)
-    full = torch.cat([given["input_ids"], torch.tensor([answer_ids])], dim=1)
+def reference_log_probability(model, processor, request, answer_ids, caption=None):
+    """Full forwards without cache, tree or padding; views one by one."""
     encoder = Decoder(model, processor).encoder
-    prompt = encoder.prompt(0, request)
-    start = given["input_ids"].shape[1] - 1
+    prompt = encoder.prompt(0, request, caption)
     views = []
-    for view in range(len(prompt.views)):
-        pixels = torch.cat([t["pixel_values"] for t in encoder.tensors(prompt, view)])
+    for number in prompt.view_row:
+        row = prompt.rows[number]
+        full = torch.tensor([[*row.ids, *answer_ids]])
+        pixels = [t["pixel_values"] for t in encoder.tensors(row)]
+        given = {"pixel_values": torch.cat(pixels)} if pixels else {}
         with torch.inference_mode():
-            views.append(model(input_ids=full, pixel_values=pixels).logits[0, start:-1])
-    table = log_probabilities(torch.stack(views, dim=1), request.spec)
+            views.append(model(input_ids=full, **given).logits[0, len(row.ids) - 1 : -1])
+    table = log_probabilities(torch.stack(views, dim=1), request.spec, list(range(len(answer_ids))))
     return sum(float(table[i, token]) for i, token in enumerate(answer_ids))
 
 
-@pytest.mark.parametrize("method", ["greedy", "vcd:beta=0", "vcd:beta=0.01,step=900", "ritual:transform=hflip,beta=0"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "greedy", "vcd:beta=0", "vcd:beta=0.01,step=900", "ritual:transform=hflip,beta=0", "no_image:beta=0",
+        "m3id:rate=1,beta=0", "vcd+ritual:transform=blur,normalize=true", "icd:where=prefix", "code", "patch_shuffle",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("share", [True, False])
 def test_score_equals_full_forwards(llava, method, share):
     model, processor = llava
     asked = requests(decode=method, seed=3)
     candidates = [["yes", "no", "a dog", "a cat"][: 1 + i % 4] for i in range(len(asked))]
     ours = Decoder(model, processor, share_prefix=share).score(asked, candidates)
-    for request, texts, row in zip(asked, candidates, ours):
+    if method == "code":
+        described = captions(Decoder(model, processor), asked)
+    for i, (request, texts, row) in enumerate(zip(asked, candidates, ours)):
         for text, value in zip(texts, row):
             tokens = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-            expected = reference_log_probability(model, processor, request, tokens)
+            caption = described[i] if method == "code" else None
+            expected = reference_log_probability(model, processor, request, tokens, caption)
             assert value == pytest.approx(expected, abs=2e-3)
 
 

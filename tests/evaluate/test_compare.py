@@ -50,7 +50,11 @@ def compare(*args):
     printed = result.output.splitlines()
     assert printed[0] == "\t".join(COLUMNS)
     table = [x.split("\t") for x in printed[1:] if "\t" in x]
-    return {r[0]: dict(zip(COLUMNS, r, strict=True)) for r in table}, printed[1 + len(table) :], result.exit_code
+    return (
+        {r[0].replace(" ", "_"): dict(zip(COLUMNS, r, strict=True)) for r in table},
+        printed[1 + len(table) :],
+        result.exit_code,
+    )
 
 
 @pytest.fixture
@@ -82,7 +86,7 @@ def test_lines_equal_the_statistics_of_the_paired_items(pair, tmp_path):
     assert lines["pope_seen_accuracy"]["mcnemar"] == pytest.approx(mcnemar(*hits)[2])
     assert [c["p_adjusted"] for c in lines.values()] == pytest.approx(holm([c["p"] for c in lines.values()]))
     same = rows["caption_seen_hit_ratio"]
-    assert same["A"] == same["B"] == "50.0 %" and same["McNemar p"] == "" and same[""] == "within the noise"
+    assert same["A"] == same["B"] == "50.0" and same["McNemar p"] == "" and same[""] == "within the noise"
     assert rows["pope_seen_accuracy"][""] == "A better" and rows["pope_seen_accuracy"]["McNemar p"] == "<0.001"
     assert len(notes) == 2 and "Holm over 3 lines" in notes[0] and notes[1].startswith("figures: ")
 
@@ -112,7 +116,7 @@ def test_missing_and_differently_asked_items_are_counted_and_named(tmp_path):
     write(tmp_path / "a", a[:-2] + extra)
     write(tmp_path / "b", b[6:])
     rows, notes, _ = compare(tmp_path / "a", tmp_path / "b", "--out", tmp_path / "out.json")
-    assert rows["pope_seen_accuracy"]["n"] == str(160 - 6 - 2 - 2)
+    assert rows["pope_seen_accuracy"]["n (clusters)"] == "150 (39)"
     assert "pope seen: 6 items only in A: s0:0, s0:1, s0:2, ..." in notes
     assert "interleaved seen: 4 items only in A: s0:0, s0:1, s0:2, ..." in notes
     assert "pope seen: 2 items only in B: s39:2, s39:3" in notes
@@ -148,10 +152,10 @@ def test_kinds_of_questions_stand_apart_and_must_agree(tmp_path):
     write(tmp_path / "a", with_kinds(answers(1, 0), ["popular"]))
     write(tmp_path / "b", with_kinds(answers(1, 1), ["adversarial"]))
     rows, notes, _ = compare(tmp_path / "a", tmp_path / "b")
-    assert {k: r["n"] for k, r in rows.items()} == {
-        "pope_seen_random_accuracy": "120",
-        "pope_seen_random_auc": "120",
-        "pope_seen_popular_accuracy": "80",
+    assert {k: r["n (clusters)"] for k, r in rows.items()} == {
+        "pope_seen_random_accuracy": "120 (40)",
+        "pope_seen_random_auc": "120 (40)",
+        "pope_seen_popular_accuracy": "80 (40)",
     }
     assert any(n.startswith("pope seen: 40 items asked differently: s0:2, ") for n in notes)
 
@@ -163,7 +167,7 @@ def test_no_auc_without_scores_of_yes_and_no(tmp_path):
     assert list(compare(tmp_path / "a", tmp_path / "b")[0]) == ["pope_seen_accuracy"]
     turned = [x | {"choices": ["no", "yes"], "scores": x["scores"][::-1]} for x in answers(1, 0)]
     write(tmp_path / "c", turned)
-    assert compare(tmp_path / "a", tmp_path / "c")[0]["pope_seen_auc"]["A - B"] == "0.0 %"
+    assert compare(tmp_path / "a", tmp_path / "c")[0]["pope_seen_auc"]["A - B"] == "0.0"
 
 
 BROKEN = [

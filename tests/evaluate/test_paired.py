@@ -1,6 +1,7 @@
 """Paired statistics against closed forms, scipy, brute force, and simulated data whose truth is known."""
 
 import math
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -9,6 +10,7 @@ from scipy import stats as reference
 
 from mmllm.evaluate import stats
 from mmllm.evaluate.paired import (
+    Comparison,
     accuracy_difference,
     auc_difference,
     compare_aucs,
@@ -236,8 +238,19 @@ def test_compare_rows_decides_by_clusters_and_shows_mcnemar_beside():
     clustered = compare_rows("x", a, b, np.arange(20) // 4)
     assert clustered.mcnemar == alone.mcnemar and clustered.p == 0.5 and clustered.verdict == "within noise"
     assert compare_rows("x", a, a).verdict == "within noise"
+    # Too many differing items to go through all sign patterns: the exact p stands there all the same.
+    many = compare_rows("x", np.r_[np.ones(20), np.zeros(9)], np.r_[np.zeros(20), np.ones(9)])
+    assert many.p == many.mcnemar == mcnemar_exact(20, 9)
     ratio = compare_rows("x", 2 * a, b, weights_a=np.full(20, 3), weights_b=np.full(20, 3))
     assert ratio.mcnemar is None and ratio.value_a == pytest.approx(0.3)
+
+
+def test_a_verdict_needs_the_interval_and_the_adjusted_p():
+    sure = Comparison("x", 9, 9, 0.6, 0.5, 0.1, 0.01, 0.2, 0.01, 0.04)
+    assert sure.verdict == "a better" and replace(sure, p_adjusted=0.06).verdict == "within noise"
+    assert replace(sure, low=-0.01).verdict == "within noise"
+    assert replace(sure, difference=-0.1, low=-0.2, high=-0.01).verdict == "b better"
+    assert replace(sure, better="lower").verdict == "b better"
 
 
 def test_holm_over_lines_takes_back_a_verdict():
