@@ -33,15 +33,15 @@ class PlantedConfig(StrictModel):
         noise: standard deviation of the grain over the whole picture, in grey levels.
     """
 
-    size: int = Field(default=192, ge=32)
+    size: int = Field(default=224, ge=32)
     min_things: int = Field(default=2, ge=1)
     max_things: int = Field(default=4, ge=1)
     anchored: float = Field(default=0.6, ge=0, le=1)
     together: float = Field(default=0.9, ge=0, le=1)
     stray: float = Field(default=0.05, ge=0, le=1)
     tied: float = Field(default=0.8, ge=0, le=1)
-    smallest: float = Field(default=0.28, gt=0, le=1)
-    largest: float = Field(default=0.42, gt=0, le=1)
+    smallest: float = Field(default=0.32, gt=0, le=1)
+    largest: float = Field(default=0.48, gt=0, le=1)
     weak_smallest: float = Field(default=0.14, gt=0, le=1)
     weak_largest: float = Field(default=0.2, gt=0, le=1)
     weak_opacity: float = Field(default=0.6, gt=0, le=1)

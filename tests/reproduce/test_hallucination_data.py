@@ -41,7 +41,7 @@ def test_cut_outs_of_train_dev_and_test_are_disjoint(data: Path) -> None:
     allowed = {p: {t for x in parts.values() for t in x[p]} for p in ("train", "dev", "test")}
     assert not allowed["train"] & allowed["dev"] and not allowed["dev"] & allowed["test"]
     assert not allowed["train"] & allowed["test"]
-    files = {"train": ["align/regions_train.jsonl"], "dev": ["eval/dev_natural.jsonl", "eval/dev_twins.jsonl"],
+    files = {"train": ["align/regions_train.jsonl"], "dev": ["eval/dev_twins.jsonl"],
              "test": ["eval/natural.jsonl", "eval/twins.jsonl", "eval/swapped.jsonl"]}  # fmt: skip
     for part, names in files.items():
         used = {t for name in names for r in records(data, name) for t in r["meta"]["tiles"]}

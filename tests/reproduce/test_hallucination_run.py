@@ -18,7 +18,7 @@ from mmllm.errors import UserError
 from mmllm.report.figures import read_figures
 from mmllm.reproduce.arms import Step
 from mmllm.reproduce.hallucination import answers, page, run, verdict
-from mmllm.reproduce.hallucination.conditions import CONDITIONS, DRAWN, Condition, grid, minus, with_settings
+from mmllm.reproduce.hallucination.conditions import CONDITIONS, DRAWN, Condition, conditions_of, contrast, grid
 from mmllm.train.align import AlignConfig
 from mmllm.train.tune import TuneConfig
 
@@ -26,10 +26,10 @@ PLANS = run.Plan(data=PLAN, captions=4, decoding_seeds=2, max_new_tokens=4)
 FEW = (
     Condition("greedy", "greedy", "baseline", captions=True),
     Condition("sample", "sample", "baseline", captions=True),
-    Condition("mask alone", "vcd:alpha=0,beta=0.1,temperature=1", "control"),
+    Condition("mask alone", "apc:temperature=1", "control"),
     Condition("sample at T=1/4", "sample:temperature=0.25", "control"),
-    Condition("identical view", "ritual:transform=identity,normalize=true,beta=0", "control"),
-    Condition("vcd", "vcd:step=500", "method", tuned=True, captions=True, alone=minus("vcd:step=500")),
+    Condition("identical view", "contrast:view=identity,beta=0", "control"),
+    contrast("vcd", "vcd", "noise", "step=500", captions=True),
 )
 
 
@@ -63,7 +63,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-def test_without_the_bias_nothing_is_compared(source: Path, tmp_path: Path, calls: list[int]) -> None:
+def test_without_the_bias_nothing_is_compared(
+    source: Path, tmp_path: Path, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verdict, "BIAS", 1.0)
     found = run.investigate(PLANS, source, tmp_path / "run", FEW, save_tiny)
     assert not found.took and list(found.judged) == ["greedy"] and not found.chosen
     asked = len(calls)
@@ -137,8 +140,8 @@ def test_questions_of_a_picture_stay_together() -> None:
 
 
 def test_every_condition_can_be_read() -> None:
-    assert with_settings("vcd:step=900", alpha=2, beta=0) == "vcd:step=900,alpha=2,beta=0"
-    assert with_settings("vcd:alpha=1", alpha=0.25) == "vcd:alpha=0.25"
+    assert grid(FEW[-1])[0] == "vcd:step=500,alpha=0.25,beta=0" and FEW[-1].spec == "vcd:step=500"
+    assert set(conditions_of(False)) < set(conditions_of(True)) == set(CONDITIONS)
     names = [c.name for c in CONDITIONS]
     assert set(DRAWN) < set(names)
     assert len(set(names)) == len(names) and names[0] == "greedy"

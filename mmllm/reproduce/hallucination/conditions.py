@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Kind = Literal["baseline", "control", "method"]
@@ -26,55 +26,60 @@ class Condition:
     """One way of decoding.
 
     Attributes:
-        spec: of the decoder.
+        spec: of the decoder, at the settings of the method's authors.
         note: what a reader should know of it.
-        tuned: alpha and beta are also chosen on dev; the chosen setting is one of the confirmatory comparisons.
-        captions: also writes captions.
+        tuned: template with ``{alpha}`` and ``{beta}``, which are chosen on dev; the chosen setting is one of the
+            confirmatory comparisons.
         alone: (spec, x, y) where the second view alone has the margin x times greedy's plus y times the spec's.
+        captions: also writes captions.
+        full: only in the full size.
     """
 
     name: str
     spec: str
     kind: Kind
     note: str = ""
-    tuned: bool = False
-    captions: bool = False
+    tuned: str = ""
     alone: tuple[str, float, float] | None = None
+    captions: bool = False
+    full: bool = False
 
 
-def minus(spec: str) -> tuple[str, float, float]:
-    """``alone`` of a method whose score at alpha 1 is 2 z_0 - z_1."""
-    return with_settings(spec, alpha=1, beta=0), 2.0, -1.0
+def contrast(name: str, method: str, note: str, settings: str = "", captions: bool = False) -> Condition:
+    """A method with the score (1 + alpha) z_0 - alpha z_1, alpha and beta chosen on dev."""
+    extra = f"{settings}," if settings else ""
+    template = f"{method}:{extra}alpha={{alpha}},beta={{beta}}"
+    alone = (template.format(alpha=1, beta=0), 2.0, -1.0)
+    return Condition(name, f"{method}:{settings}".rstrip(":"), "method", note, template, alone, captions)
 
 
-def plus(spec: str) -> tuple[str, float, float]:
-    """``alone`` of a method whose score at alpha 1 is z_0 + z_1."""
-    return with_settings(spec, alpha=1, beta=0), -1.0, 1.0
-
-
-def with_settings(spec: str, **settings: float) -> str:
-    """The spec's string form with some parameters set anew: ("vcd:step=900", alpha=2) -> "vcd:step=900,alpha=2"."""
-    name, _, rest = spec.partition(":")
-    held = dict(item.split("=", 1) for item in rest.split(",") if item)
-    held |= {key: f"{value:g}" for key, value in settings.items()}
-    return f"{name}:{','.join(f'{k}={v}' for k, v in held.items())}"
-
-
+FLIP = "ritual:transform=hflip"
 CONDITIONS: tuple[Condition, ...] = (
     Condition(BASE, "greedy", "baseline", "the best token", captions=True),
-    Condition("sample", "sample", "baseline", "sampling at T = 1, what most papers compare with", captions=True),
-    Condition("sample at T=1/4", "sample:temperature=0.25", "control", "sharper sampling, one view", captions=True),
-    Condition("mask alone", "vcd:alpha=0,beta=0.1,temperature=1", "control", "sampling within the plausibility mask",
-              captions=True),
-    Condition("identical view", "ritual:transform=identity,normalize=true,beta=0", "control", "must equal greedy"),
-    Condition("vcd, step 500", "vcd:step=500", "method", "the authors' noise", tuned=True, captions=True,
-              alone=minus("vcd:step=500")),
-    Condition("vcd, step 900", "vcd:step=900", "method", "noise that leaves little", tuned=True,
-              alone=minus("vcd:step=900")),
+    Condition("sample", "sample", "baseline", "T = 1, what most papers compare with", captions=True),
+    Condition("sample at T=1/4", "sample:temperature=0.25", "control", "sharper, one view", captions=True),
+    Condition("mask alone", "apc:beta=0.1,temperature=1", "control", "drawn within the plausibility mask", captions=True),
+    Condition("identical view", "contrast:view=identity,beta=0", "control", "must equal greedy"),
+    contrast("vcd, step 500", "vcd", "the authors' noise", "step=500", captions=True),
+    contrast("vcd, step 900", "vcd", "noise that leaves little of the picture", "step=900"),
+    contrast("blank", "blank", "one even colour"),
+    contrast("no image", "no_image", "the text alone", captions=True),
+    contrast("patch shuffle", "patch_shuffle", "tiles in random order"),
+    contrast("icd", "icd", "a disturbing system prompt"),
+    Condition("ritual", FLIP + ",normalize=true", "method", "mirrored, divided by its gain",
+              FLIP + ",normalize=true,alpha={alpha},beta={beta}", (FLIP + ",alpha=1,beta=0", -1.0, 1.0), captions=True),
+    Condition("vcd + ritual", f"vcd:step=500+{FLIP},normalize=true", "method", "three views",
+              "vcd:step=500,alpha={alpha},beta={beta}+" + FLIP + ",normalize=true,beta={beta}"),
+    Condition("ritual, gain 4", FLIP, "method", "not divided: four times as sharp"),
     Condition("vcd, sampled", "vcd:step=500,temperature=1", "method", "as in its paper", captions=True),
-    Condition("ritual, gain 4", "ritual:transform=hflip", "method", "not normalised: four times as sharp"),
-    Condition("ritual, normalised", "ritual:transform=hflip,normalize=true", "method", "gain 1", tuned=True,
-              captions=True, alone=plus("ritual:transform=hflip")),
+    Condition("m3id", "m3id", "method", "grows with the length: next to nothing on one word", captions=True),
+    Condition("dola", "dola", "method", "an early layer"),
+    Condition("deco", "deco", "method", "an early layer"),
+    replace(contrast("vcd, step 300", "vcd", "little noise", "step=300"), tuned="", full=True),
+    replace(contrast("vcd, step 700", "vcd", "more noise", "step=700"), tuned="", full=True),
+    Condition("avisc", "avisc", "method", "over-attended parts alone", full=True),
+    Condition("sid", "sid", "method", "least attended parts alone", full=True),
+    Condition("pai", "pai", "method", "attention on the picture boosted", full=True),
 )  # fmt: skip
 
 RULES = (
@@ -96,7 +101,12 @@ RULES = (
 
 def grid(condition: Condition) -> list[str]:
     """The specs to try on dev for a condition with ``tuned``."""
-    return [with_settings(condition.spec, alpha=a, beta=b) for a in ALPHAS for b in BETAS]
+    return [condition.tuned.format(alpha=f"{a:g}", beta=f"{b:g}") for a in ALPHAS for b in BETAS]
+
+
+def conditions_of(full: bool) -> list[Condition]:
+    """The conditions of a size."""
+    return [c for c in CONDITIONS if full or not c.full]
 
 
 def chosen_name(condition: Condition) -> str:

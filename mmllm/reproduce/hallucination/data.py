@@ -25,11 +25,10 @@ VERSION = 1  # raise it when the code makes other data from the same plan
 SETS: dict[str, tuple[int, str, Draw]] = {
     "train": (0, "train", "natural"),
     "dev_regions": (1, "dev", "natural"),
-    "dev_natural": (2, "dev", "natural"),
-    "dev_twins": (3, "dev", "anchored"),
-    "natural": (4, "test", "natural"),
-    "twins": (5, "test", "anchored"),
-    "swapped": (6, "test", "swapped"),
+    "dev_twins": (2, "dev", "anchored"),
+    "natural": (3, "test", "natural"),
+    "twins": (4, "test", "anchored"),
+    "swapped": (5, "test", "swapped"),
 }
 TWINS = ("shown", "hidden")
 
@@ -41,7 +40,7 @@ class DataPlan(StrictModel):
         seed: of the pairs, the parts of the cut-outs and the scenes.
         labels: names of things, or how many from the beginning of the source's vocabulary; of them ``pairs`` pairs are
             planted.
-        train, dev_regions, dev_natural, dev_twins, natural, twins, swapped: scenes (pairs of scenes) of each set.
+        train, dev_regions, dev_twins, natural, twins, swapped: scenes (pairs of scenes) of each set.
         scene: probabilities and looks.
         kinds: questions about each training scene; see ``mmllm.data.questions.scene_questions``.
     """
@@ -51,7 +50,6 @@ class DataPlan(StrictModel):
     pairs: int = Field(default=8, ge=1)
     train: int = Field(default=2000, ge=1)
     dev_regions: int = Field(default=60, ge=1)
-    dev_natural: int = Field(default=40, ge=1)
     dev_twins: int = Field(default=40, ge=1)
     natural: int = Field(default=80, ge=1)
     twins: int = Field(default=120, ge=1)

@@ -31,6 +31,7 @@ from mmllm.reproduce.hallucination.conditions import (
     CONDITIONS,
     Condition,
     chosen_name,
+    conditions_of,
     confirmatory,
     grid,
 )
@@ -305,7 +306,7 @@ def reproduce(
     plan: Plan = getattr(load_config("configs/effects/hallucination.yaml", [], Plans), size)
     if seeds is not None:
         plan = plan.model_copy(update={"seeds": seeds})
-    found = investigate(plan, source_folder(offline), out / size)
+    found = investigate(plan, source_folder(offline), out / size, conditions_of(size == "full"))
     if size == "smoke" and written_size(docs) == "full":
         say(f"{docs} holds the report of the full size, which stays")
         docs = out / size
