@@ -58,7 +58,7 @@ CONDITIONS: tuple[Condition, ...] = (
     Condition(BASE, "greedy", "baseline", "the best token", captions=True),
     Condition("sample", "sample", "baseline", "T = 1, what most papers compare with", captions=True),
     Condition("sample at T=1/4", "sample:temperature=0.25", "control", "sharper, one view", captions=True),
-    Condition("mask alone", "apc:beta=0.1,temperature=1", "control", "drawn within the plausibility mask", captions=True),
+    Condition("mask alone", "apc:beta=0.1,temperature=1", "control", "T = 1, plausible tokens only", captions=True),
     Condition("identical view", "contrast:view=identity,beta=0", "control", "must equal greedy"),
     contrast("vcd, step 500", "vcd", "the authors' noise", "step=500", captions=True),
     contrast("vcd, step 900", "vcd", "noise that leaves little of the picture", "step=900"),

@@ -78,7 +78,8 @@ in all. Minutes by stage: {stages}.
 {train:,} training scenes of {labels} things, {side} pixels; planted pairs: {pairs}. P(B | A) = {together:g},
 P(B | no A) = {stray:g}, the background of A with {tied:g}; B is {small:.0f} to {large:.0f} % of the side and
 {opacity:.0f} % opaque, in training and in test. The cut-outs of training, dev and test are disjoint. {twins} pairs of
-twins, {natural} natural and {swapped} swapped scenes are judged, the same for all conditions.
+twins, {natural} natural and {swapped} swapped scenes are judged, the same for all conditions. Captions are at most
+{tokens} tokens long and use the settings chosen for yes and no. Beam search and CIDEr-D are left out.
 
 The size `full` (`configs/effects/hallucination.yaml`: 20 pairs of 72 things, 3 training seeds, 500 scenes a set) takes
 nights on two cores; the same command goes on where it was stopped.
@@ -218,6 +219,7 @@ def setup_section(a: Analysis, size: str, command: str, wall: float) -> str:
         minutes=f"{wall / 60:.1f}", stages=", ".join(f"{k} {v / 60:.1f}" for k, v in a.found.stages.items()),
         train=plan.train, labels=len(a.found.prior.labels), side=s.size,
         pairs=", ".join(f"{x} → {y}" for x, y in a.found.prior.pairs), together=s.together, stray=s.stray, tied=s.tied,
+        tokens=a.found.plan.max_new_tokens,
         small=100 * s.weak_smallest, large=100 * s.weak_largest, opacity=100 * s.weak_opacity, twins=plan.twins,
         natural=plan.natural, swapped=plan.swapped,
     )  # fmt: skip
