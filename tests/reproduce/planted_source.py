@@ -11,7 +11,7 @@ from mmllm.data.planted import PlantedConfig
 from mmllm.reproduce.hallucination.data import DataPlan
 
 NAMES = ["cat", "dog", "bus", "owl", "pear", "rose", "spoon"]
-PLAN = DataPlan(labels=7, pairs=2, train=60, dev_regions=2, dev_twins=4, natural=6, twins=8, swapped=3,
+PLAN = DataPlan(labels=7, pairs=2, train=60, dev_regions=2, dev_twins=2, natural=4, twins=8, swapped=2,
                 scene=PlantedConfig(size=48, noise=0))  # fmt: skip
 
 

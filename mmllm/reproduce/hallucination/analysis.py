@@ -62,7 +62,7 @@ def analyse(found: Findings) -> Analysis:
     able = power(bench, confirmed, [found.judged[n] for n in names], base) if confirmed else None
     rivals = [found.judged[n] for n in DRAWN if n in found.judged]
     at_one = [drawn(bench, found.judged[n], rivals) for n in names]
-    return Analysis(found, bench.mean(bench.bias(base)), confirmed, contrasts, at_one, able)
+    return Analysis(found, bench.mean(bench.bias(found.check)), confirmed, contrasts, at_one, able)
 
 
 def caption_gap(found: Findings, name: str) -> float | None:

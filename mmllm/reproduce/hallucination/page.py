@@ -82,7 +82,7 @@ twins, {natural} natural and {swapped} swapped scenes are judged, the same for a
 {tokens} tokens long and use the settings chosen for yes and no. Beam search and CIDEr-D are left out.
 
 The size `full` (`configs/effects/hallucination.yaml`: 20 pairs of 72 things, 3 training seeds, 500 scenes a set) takes
-nights on two cores; the same command goes on where it was stopped.
+about 14 hours on two such cores; the same command goes on where it was stopped.
 """
 
 
@@ -122,8 +122,8 @@ def answer(a: Analysis) -> str:
 
 def check_section(a: Analysis) -> str:
     """The manipulation check and how well the model sees at all."""
-    bench, base = a.found.bench, a.base
-    (own, other), yes = bench.gaps, a.base.yes()
+    bench, base = a.found.bench, a.found.check
+    (own, other), yes = bench.gaps, base.yes()
     beside, elsewhere = (bench.mean((yes[:, part], bench.clusters[part])) for part in (own, other))
     rows = [
         ("false yes about an absent B, its A in the picture", percent(beside)),
