@@ -86,6 +86,26 @@ def place(
     return corners
 
 
+def arrange(
+    rng: np.random.Generator, sizes: Sequence[tuple[int, int]], side: int, attempts: int = 6
+) -> list[tuple[int, int] | None]:
+    """The first arrangement of ``attempts`` in which all things find room, else the last one; see ``place``."""
+    corners: list[tuple[int, int] | None] = []
+    for _ in range(attempts):  # an unlucky first place can leave no room for the last thing
+        corners = place(rng, sizes, side)
+        if None not in corners:
+            break
+    return corners
+
+
+def visible_mask(picture: Image.Image, corner: tuple[int, int], side: int) -> np.ndarray:
+    """[side, side] bool: where an RGBA picture, pasted with its top-left ``corner`` there, is seen."""
+    mask = np.zeros((side, side), bool)
+    alpha = np.asarray(picture.getchannel("A"))[: side - corner[1], : side - corner[0]] > VISIBLE
+    mask[corner[1] : corner[1] + alpha.shape[0], corner[0] : corner[0] + alpha.shape[1]] = alpha
+    return mask
+
+
 def _hue_matrix(degrees: float) -> np.ndarray:
     """[3, 3] rotation of RGB about its grey axis."""
     c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
@@ -210,11 +230,7 @@ class Composer:
             rendered.append((self.labels[k], tile, render_thing(rng, self.load(tile), longest, tile.flip, c.augment)))
         rendered.sort(key=lambda r: -r[2].width * r[2].height)  # the largest finds room first
         things: list[Thing] = []
-        corners: list[tuple[int, int] | None] = []
-        for _ in range(6):  # an unlucky first place can leave no room for the last thing
-            corners = place(rng, [r[2].size for r in rendered], side)
-            if None not in corners:
-                break
+        corners = arrange(rng, [r[2].size for r in rendered], side)
         for (label, tile, picture), corner in zip(rendered, corners):
             if corner is None:
                 continue
@@ -222,9 +238,7 @@ class Composer:
                 dark = picture.getchannel("A").filter(ImageFilter.GaussianBlur(3)).point([v // 2 for v in range(256)])
                 canvas.paste((15, 15, 15), (corner[0] + 4, corner[1] + 5), dark)
             canvas.paste(picture, corner, picture)
-            mask = np.zeros((side, side), bool)
-            alpha = np.asarray(picture.getchannel("A"))[: side - corner[1], : side - corner[0]] > VISIBLE
-            mask[corner[1] : corner[1] + alpha.shape[0], corner[0] : corner[0] + alpha.shape[1]] = alpha
+            mask = visible_mask(picture, corner, side)
             for earlier in things:
                 earlier.mask &= ~mask
             things.append(Thing(label, tile.id, tight_box(mask), mask))
