@@ -15,7 +15,7 @@ from mmllm.data.tiles import Tile
 
 LABELS = [f"thing{i}" for i in range(12)]
 PRIOR = Prior((("thing0", "thing1"), ("thing2", "thing3"), ("thing4", "thing5")), tuple(LABELS[6:]))
-SMALL = PlantedConfig(size=32, noise=2.0)
+SMALL = PlantedConfig(size=32, weak_smallest=0.2, weak_largest=0.25, noise=2.0)
 
 
 def picture(tile: Tile) -> Image.Image:
