@@ -1,0 +1,71 @@
+"""The config of ``mmllm align``: streams, phases and measures, and the checks that they fit together."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from mmllm.align.config import (
+    DataConfig,
+    FeatureConfig,
+    MeasureConfig,
+    PhaseConfig,
+    StreamConfig,
+    check_streams,
+)
+from mmllm.config import StrictModel
+from mmllm.errors import unknown
+from mmllm.train.section import TrainSection
+
+
+class AlignConfig(StrictModel):
+    """``mmllm align``'s config; ``dataset`` is ``starter:full``, ``starter:fast`` or a folder.
+
+    Attributes:
+        dtype: of matrix products in training (autocast); auto measures which is faster here.
+        words: the stream of the LLM's word embeddings, which ``region_align`` aims at and connectors lead to.
+    """
+
+    dataset: str = "."
+    embedding_dim: int = Field(default=256, ge=1)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    streams: dict[str, StreamConfig]
+    words: str | None = None
+    data: DataConfig = Field(default_factory=DataConfig)
+    features: FeatureConfig = Field(default_factory=FeatureConfig)
+    train: TrainSection = Field(default_factory=TrainSection)
+    phases: dict[str, PhaseConfig]
+    measures: dict[str, MeasureConfig] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_are_names(cls, data: Any) -> Any:
+        """Phases and measures are mappings, so that an override can reach them; each also knows its name."""
+        if not isinstance(data, dict):
+            return data
+        out = dict(data)
+        for key in ("phases", "measures"):
+            if isinstance(out.get(key), dict):
+                out[key] = {k: {**v, "name": k} if isinstance(v, dict) else v for k, v in out[key].items()}
+        return out
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> AlignConfig:
+        for name, stream in self.streams.items():
+            if stream.tower_of is not None:
+                check_streams(self.streams, [stream.tower_of], f"streams.{name}.tower_of")
+        if self.words is not None:
+            check_streams(self.streams, [self.words], "words")
+        for phase in self.phases.values():
+            where = f"phase '{phase.name}'"
+            for source, spec in phase.sources.items():
+                check_streams(self.streams, spec.streams, f"{where}, source '{source}'")
+            for objective in phase.objectives:
+                for source in objective.sources or []:
+                    if source not in phase.sources:
+                        raise unknown("source", source, phase.sources, where)
+            check_streams(self.streams, [p.split(".")[0] for p in phase.trains], f"{where}, trains")
+        for measure in self.measures.values():
+            check_streams(self.streams, measure.streams, f"measure '{measure.name}'")
+        return self
