@@ -143,7 +143,11 @@ def power_section(a: Analysis) -> str:
     p = a.power
     if p is None:
         return ""
-    gain = "no gain" if math.isnan(p.accuracy) else f"a gain of {100 * p.accuracy:.1f} points or more in accuracy"
+    gain = (
+        "no gain in accuracy however large, since too few answers change,"
+        if math.isnan(p.accuracy)
+        else f"a gain of {100 * p.accuracy:.1f} points or more in accuracy"
+    )
     return POWER.format(auc=f"{100 * p.auc:.1f}", gain=gain, questions=p.questions, pictures=p.pictures,
                         discordance=f"{100 * p.discordance:.1f}", design=f"{p.design:.2f}")  # fmt: skip
 
