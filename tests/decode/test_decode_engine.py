@@ -121,3 +121,25 @@ def test_noise_belongs_to_the_view_not_to_its_neighbours(decoder):
     assert torch.equal(row("vcd", 1, 1), row("blank+vcd", 1, 2))
     assert not torch.equal(row("vcd", 1, 1), row("vcd", 2, 1))
     assert not torch.equal(row("vcd:step=500", 1, 1), row("vcd:step=501", 1, 1))
+
+
+def test_dropping_the_media_removes_exactly_their_tokens(decoder):
+    (prompt,) = decoder.prompts([Request(ask("hi", picture(1), picture(2)), "no_image")])
+    whole, bare = prompt.rows
+    special = decoder.encoder.placeholder_ids["image"]
+    assert bare.ids == [token for token in whole.ids if token != special] and not bare.shown
+    assert len(whole.ids) - len(bare.ids) == len(whole.media_places) == 32
+
+
+def test_views_that_come_out_alike_are_the_base(decoder, tmp_path):
+    """Another picture that is the same one, and a disturbing system prompt that stands there already."""
+    picture(1).save(tmp_path / "a.png")
+    shown = [{"type": "image", "path": str(tmp_path / "a.png")}, {"type": "text", "text": "hi"}]
+    messages = [SYSTEM, {"role": "user", "content": shown}]
+    other = {
+        "views": [{"media": [{"name": "other", "path": str(tmp_path / "a.png")}]}],
+        "mix": [{"view": 1, "weight": 3}],
+    }
+    same = f'icd:text="{SYSTEM["content"]}",alpha=3'
+    base, *changed = decoder.generate([Request(messages, d, 6) for d in ("greedy", other, same)])
+    assert all(r.token_ids == base.token_ids and r.rows_per_token == 1 for r in changed)

@@ -71,7 +71,11 @@ def test_the_first_token_is_the_best_scored_one(decoder, method):
             assert LETTERS[0][int(row.argmax())] == first
 
 
-@pytest.mark.parametrize("method", ["pai:layers=1:2", "sid:keep=0.3,from_layer=1", "vti", "vista:scale=0.3,layers=1"])
+@pytest.mark.parametrize(
+    "method",
+    ["pai:layers=1:2", "sid:keep=0.3,from_layer=1", "vti", "vista:scale=0.3,layers=1", "vcd:beta=0", "no_image:beta=0",
+     "icd:beta=0", "m3id:rate=1,beta=0", "dola"],
+)  # fmt: skip
 def test_cached_steps_equal_full_forwards(decoder, method, tmp_path):
     """Token by token with a cache, or the whole answer scored at once: the same decision at every place.
 

@@ -82,7 +82,7 @@ twins, {natural} natural and {swapped} swapped scenes are judged, the same for a
 {tokens} tokens long and use the settings chosen for yes and no. Beam search and CIDEr-D are left out.
 
 The size `full` (`configs/effects/hallucination.yaml`: 20 pairs of 72 things, 3 training seeds, 500 scenes a set) takes
-about 14 hours on two such cores; the same command goes on where it was stopped.
+some 14 hours on two such cores, estimated by the rates of `smoke`; the same command goes on where it was stopped.
 """
 
 
