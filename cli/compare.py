@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -26,5 +27,5 @@ def command(run_a: Path, run_b: Path, out: Path | None, seed: int) -> None:
     for note in found.notes:
         click.echo(note)
     if out is not None:
-        write_comparison(out, found, " ".join(["mmllm", *sys.argv[1:]]), seed)
+        write_comparison(out, found, shlex.join(["mmllm", *sys.argv[1:]]), seed)
         click.echo(f"figures: {out}")

@@ -91,10 +91,12 @@ def test_lines_equal_the_statistics_of_the_paired_items(pair, tmp_path):
     assert len(notes) == 2 and "Holm over 3 lines" in notes[0] and notes[1].startswith("figures: ")
 
 
-def test_figures_file_has_the_common_form(pair, tmp_path):
+def test_figures_file_has_the_common_form(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["mmllm", "compare", "a run", "b", "--seed", "3"])
     compare(*pair, "--out", tmp_path / "out.json", "--seed", "3")
     written = json.loads((tmp_path / "out.json").read_text())
-    assert written["seed"] == 3 and written["sources"] == [{"name": "x"}] and written["command"].startswith("mmllm ")
+    assert written["seed"] == 3 and written["sources"] == [{"name": "x"}]
+    assert written["command"] == "mmllm compare 'a run' b --seed 3"
     figure = written["figures"][0]
     assert figure["name"] == "pope_seen_accuracy_difference" and figure["low"] <= figure["value"] <= figure["high"]
     assert figure["value"] == pytest.approx(figure["arms"]["a"] - figure["arms"]["b"])
