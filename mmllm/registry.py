@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from importlib import metadata
 from typing import Any, TypeVar
@@ -61,6 +62,28 @@ def get(kind: str, name: str, where: object | None = None) -> Any:
         return _REGISTRY[kind][name]
     except KeyError:
         raise unknown(kind, name, _REGISTRY.get(kind, {}), where) from None
+
+
+def make(kind: str, spec: str | dict[str, Any], where: object | None = None) -> Any:
+    """An object of a registered class, from its name or ``{"type": NAME, **options}``; it knows its ``name``.
+
+    Raises:
+        UserError: unknown name or option, or one that is missing.
+    """
+    options = {"type": spec} if isinstance(spec, str) else dict(spec)
+    name = str(options.pop("type", ""))
+    cls = get(kind, name, where)
+    valid = list(inspect.signature(cls).parameters)
+    for key in options:
+        if key not in valid:
+            raise unknown("option", key, valid, f"{kind.replace('_', ' ')} '{name}'")
+    try:
+        made = cls(**options)
+    except TypeError as e:
+        raise UserError(str(e).split("() ")[-1], f"{kind.replace('_', ' ')} '{name}'") from None
+    if not getattr(made, "name", None):
+        made.name = name
+    return made
 
 
 def names(kind: str) -> list[str]:
