@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable
 from importlib import metadata
@@ -10,8 +11,9 @@ from typing import Any, TypeVar
 from mmllm.errors import UserError, unknown
 
 ENTRY_POINT_GROUP = "mmllm.plugins"
+LIBRARY = "mmllm.methods"  # found as a plugin is, by name: the rooms below it must not import it
 _REGISTRY: dict[str, dict[str, Any]] = {}
-_plugins_loaded = False
+_methods_loaded = _plugins_loaded = False
 T = TypeVar("T")
 
 
@@ -30,6 +32,14 @@ def register(kind: str, name: str) -> Callable[[T], T]:
         return thing
 
     return add
+
+
+def load_methods() -> None:
+    """Imports the library of methods, once."""
+    global _methods_loaded
+    if not _methods_loaded:
+        _methods_loaded = True
+        importlib.import_module(LIBRARY).load_methods()
 
 
 def load_plugins() -> None:
@@ -51,11 +61,13 @@ def load_plugins() -> None:
 
 
 def get(kind: str, name: str, where: object | None = None) -> Any:
-    """The object registered under ``name``.
+    """The object registered under ``name``: by the core, by a method of the library, or by a third party.
 
     Raises:
         UserError: no such name; the message gives the nearest valid one.
     """
+    if name not in _REGISTRY.get(kind, {}):
+        load_methods()
     if name not in _REGISTRY.get(kind, {}):
         load_plugins()
     try:
@@ -88,5 +100,6 @@ def make(kind: str, spec: str | dict[str, Any], where: object | None = None) -> 
 
 def names(kind: str) -> list[str]:
     """All names of one kind, sorted, plugins included."""
+    load_methods()
     load_plugins()
     return sorted(_REGISTRY.get(kind, {}))
