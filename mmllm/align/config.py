@@ -37,6 +37,7 @@ class HeadConfig(StrictModel):
 
 
 Captions = Literal["random", "first", "round_robin", "all"]
+Augment = Literal["none", "cutout", "scene", "sound"]
 
 
 class EmaConfig(StrictModel):
@@ -137,7 +138,8 @@ class SourceConfig(StrictModel):
         languages: of texts given by language only these.
         transforms: names, or ``{"type", ...options}``, of what changes media and texts before towers that train.
         copies: augmented copies of each item's features beside the plain one, for frozen towers.
-        augment: ``cutout`` (cut-outs on a canvas), ``scene`` (colours only), ``sound`` (log-mel) or ``none``.
+        augment: ``cutout`` (cut-outs on a canvas), ``scene`` (colours only), ``sound`` (log-mel) or ``none``; one, or one
+            for pictures and one for sounds.
         image_size: overrides the stream's.
         frames: of each video, evenly spaced.
         text_noise: length of the random vector added to a frozen text feature, as a share of its own length.
@@ -153,10 +155,16 @@ class SourceConfig(StrictModel):
     languages: list[str] | None = None
     transforms: list[str | dict[str, Any]] = Field(default_factory=list)
     copies: int = Field(default=0, ge=0)
-    augment: Literal["none", "cutout", "scene", "sound"] = "none"
+    augment: Augment | list[Augment] = "none"
     image_size: int | None = Field(default=None, ge=8)
     frames: int = Field(default=8, ge=1)
     text_noise: float = Field(default=0.0, ge=0)
+
+    def augment_of(self, modality: str) -> Augment:
+        """How the media of a modality are augmented."""
+        given = self.augment if isinstance(self.augment, list) else [self.augment]
+        fit = {"vision": ("cutout", "scene"), "audio": ("sound",)}.get(modality, ())
+        return next((a for a in given if a in fit), "none")
 
 
 class WeightConfig(StrictModel):

@@ -179,7 +179,7 @@ class AlignSource:
         """Raises UserError for a transform of something that no live stream reads, or of cut-outs."""
         where = f"source '{self.name}'"
         for stream in self.streams:
-            if self.config.augment == "cutout" and "image" in self.chain(stream).fields:
+            if self.config.augment_of("vision") == "cutout" and "image" in self.chain(stream).fields:
                 do = "choose augment: none, or leave the picture transforms out"
                 raise UserError("augment: cutout and picture transforms exclude each other", where, do)
         read = {FIELD[self.modality(s)] for s in self.training}
@@ -222,7 +222,7 @@ class AlignSource:
         processor = tower.preprocessor()
         if (size := self.image_size[stream]) and tower.modality != "audio":
             set_image_size(processor, size)
-        return LiveMedia(tower.modality, processor, self.config.augment)
+        return LiveMedia(tower.modality, processor, self.config.augment_of(tower.modality))
 
     def _rows(self, stream: str) -> tuple[list[int], Tensor]:
         """Numbers of the items that have a stream, and the row of each item among them."""
@@ -235,7 +235,7 @@ class AlignSource:
         held, row = self._rows(stream)
         values = self.frozen(
             tower, [self.records[i] for i in held], fields, image_size=self.image_size[stream],
-            augment=self.config.augment, copies=self.config.copies, seed=self.seed, name=f"{self.name}-{stream}",
+            augment=self.config.augment_of(tower.modality), copies=self.config.copies, seed=self.seed, name=f"{self.name}-{stream}",
             progress=self.progress, on_bad=lambda k, error: bad.setdefault(held[k], error),
         )  # fmt: skip
         about: dict[str, Any] = {}
@@ -278,7 +278,7 @@ class AlignSource:
                     self.progress(min(i + 64, len(held)), len(held))
         # Raw waveforms are as long as the longest of their 64; a fixed window leaves nothing to pad.
         padded = {k: torch.nn.utils.rnn.pad_sequence(v, batch_first=True) for k, v in rows.items()}
-        return HeldSounds(padded, row, self.config.augment)
+        return HeldSounds(padded, row, self.config.augment_of("audio"))
 
     def _reject(self, item: int, error: UserError) -> None:
         self.rejected.add(self.name, str(self.records[item]["id"]), error.where or self.name, error.what)

@@ -37,7 +37,7 @@ class MediaReader:
             seed: None for plain views.
         """
         source = self.source
-        record, how = source.records[number], source.config.augment
+        record, how = source.records[number], source.config.augment_of("vision")
         live = [s for s, r in source.readers.items() if r.live and source.present[s][number]]
         out: dict[str, Any] = {"boxes": record.get("boxes")}
         opened: dict[str, Any] = {}
@@ -78,4 +78,4 @@ class MediaReader:
             return load_video(medium_of(record, "video"), source.config.frames, max(d or 0 for d in sides) or None)
         # A crop needs the pixels of the whole picture.
         whole = any("image" in source.chain(s).fields for s in streams) or None in sides
-        return open_picture(record, source.config.augment, None if whole else max(d or 0 for d in sides))
+        return open_picture(record, source.config.augment_of("vision"), None if whole else max(d or 0 for d in sides))
