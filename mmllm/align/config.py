@@ -138,8 +138,8 @@ class SourceConfig(StrictModel):
         languages: of texts given by language only these.
         transforms: names, or ``{"type", ...options}``, of what changes media and texts before towers that train.
         copies: augmented copies of each item's features beside the plain one, for frozen towers.
-        augment: ``cutout`` (cut-outs on a canvas), ``scene`` (colours only), ``sound`` (log-mel) or ``none``; one, or one
-            for pictures and one for sounds.
+        augment: ``cutout`` (cut-outs on a canvas), ``scene`` (colours only), ``sound`` (log-mel) or ``none``; or a
+            list of one for pictures and one for sounds.
         image_size: overrides the stream's.
         frames: of each video, evenly spaced.
         text_noise: length of the random vector added to a frozen text feature, as a share of its own length.
@@ -162,9 +162,11 @@ class SourceConfig(StrictModel):
 
     def augment_of(self, modality: str) -> Augment:
         """How the media of a modality are augmented."""
-        given = self.augment if isinstance(self.augment, list) else [self.augment]
-        fit = {"vision": ("cutout", "scene"), "audio": ("sound",)}.get(modality, ())
-        return next((a for a in given if a in fit), "none")
+        fit: dict[str, tuple[Augment, ...]] = {"vision": ("cutout", "scene"), "audio": ("sound",)}
+        for choice in self.augment if isinstance(self.augment, list) else [self.augment]:
+            if choice in fit.get(modality, ()):
+                return choice
+        return "none"
 
 
 class WeightConfig(StrictModel):
@@ -248,6 +250,11 @@ class MeasureConfig(StrictModel):
         field: of ``meta`` (or of the record itself), for zero_shot and probe.
         templates: of zero_shot's prompts; ``{}`` is the class.
         train: records of the training part, for probe.
+        recipes: as in SourceConfig.
+        by: of pairs, what belongs together: the rows of one record, or of all records with one label.
+        frames: of each video.
+        scorer: what says how alike two items are, for pairs; see ``mmllm.align.scorers``.
+        times_chance: figure, without the measure's name (``image_to_text_r1``) -> how many times chance is its target.
     """
 
     name: str = ""
@@ -257,7 +264,12 @@ class MeasureConfig(StrictModel):
     field: str = "subgroup"
     templates: list[str] = ["a kind of {}"]
     train: str | list[str] | None = None
+    recipes: list[str | dict[str, Any]] = Field(default_factory=list)
+    by: Literal["item", "label"] = "item"
     image_size: int | None = None
+    frames: int = Field(default=8, ge=1)
+    scorer: str | dict[str, Any] = "cosine"
+    times_chance: dict[str, float] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _has_what_it_needs(self) -> MeasureConfig:

@@ -18,8 +18,9 @@ from mmllm.contracts import Tower
 from mmllm.data.blob import media_stamp
 from mmllm.data.features import FeatureCache
 from mmllm.data.media import load_audio
+from mmllm.data.video import load_video
 from mmllm.errors import UserError
-from mmllm.towers import MMLLMAudioFeatureExtractor, audio_inputs, image_inputs, set_image_size
+from mmllm.towers import MMLLMAudioFeatureExtractor, audio_inputs, image_inputs, set_image_size, video_inputs
 
 Progress = Callable[[int, int], None]
 CHUNK = 32  # items read, and written to the cache, together
@@ -83,6 +84,7 @@ class FrozenFeatures:
         image_size: int | None = None,
         augment: str = "none",
         copies: int = 0,
+        frames: int = 8,
         seed: int = 0,
         name: str = "features",
         progress: Progress | None = None,
@@ -91,6 +93,7 @@ class FrozenFeatures:
         """``fields`` of Features (``tokens``, ``pooled``) as [1 + copies, N, ...]; copy 0 is the plain view.
 
         Args:
+            frames: of each video; one that has fewer is filled up with masked ones.
             on_bad: told of every item that cannot be read, whose features then mean nothing; None: such an item raises.
         """
         if id(tower) not in self._fingerprints:
@@ -100,16 +103,17 @@ class FrozenFeatures:
             set_image_size(processor, image_size)
         side = image_size or getattr(processor, "image_size", None) or 224
         media = [medium_of(r, tower.modality) for r in records]
-        draft = resized_to(processor, side) if tower.modality == "vision" else None
+        draft = resized_to(processor, side) if tower.modality in ("vision", "video") else None
         key = {
-            "version": 2,  # 2: large JPEGs are decoded small; unreadable items are marked
+            # 2: large JPEGs are decoded small, unreadable items are marked; 3: sounds always keep their masks
+            "version": 2 if tower.modality == "vision" else 3,
             "tower": self._fingerprints[id(tower)],
             "items": hashlib.sha256("\n".join(media_stamp(m) for m in media).encode()).hexdigest(),
             "fields": sorted(fields),
             "augment": [augment, seed] if copies else [augment],
             "side": side,
             "dtype": str(self.dtype),
-        }
+        } | ({"frames": frames} if tower.modality == "video" else {})
         runner = tower.frozen_copy().to(self.device, self.dtype)
         n = len(records)
 
@@ -118,6 +122,8 @@ class FrozenFeatures:
             rng = np.random.default_rng((seed, which, item)) if which else None
             if tower.modality == "vision":
                 return read_picture(records[item], augment, side, rng, draft)
+            if tower.modality == "video":
+                return load_video(media[item], frames, draft)
             return load_audio(media[item], processor.sampling_rate)
 
         def one_or_blank(index: int) -> tuple[Any, bool]:
@@ -126,14 +132,18 @@ class FrozenFeatures:
             except UserError:
                 if on_bad is None:
                     raise
-                blank = Image.new("RGB", (side, side)) if tower.modality == "vision" else None
-                return blank or np.zeros(processor.sampling_rate, np.float32), False
+                if tower.modality == "audio":
+                    return np.zeros(processor.sampling_rate, np.float32), False
+                blank = Image.new("RGB", (side, side))
+                return blank if tower.modality == "vision" else [blank], False
 
         def compute(rows: list[int]) -> dict[str, Tensor]:
             items, readable = zip(*pool.map(one_or_blank, rows))
             items = list(items)
             if tower.modality == "vision":
                 inputs = image_inputs(processor, items)
+            elif tower.modality == "video":
+                inputs = video_inputs(processor, items, frames)
             else:
                 inputs = audio_inputs(processor, items)
                 if augment == "sound" and isinstance(processor, MMLLMAudioFeatureExtractor):
@@ -148,7 +158,7 @@ class FrozenFeatures:
                     part = {f: getattr(features, f).to(self.dtype) for f in fields}
                     parts.append({**part, "mask": features.mask} if "tokens" in fields else part)
             out = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
-            if "mask" in out and bool(out["mask"].all()):
+            if "mask" in out and tower.modality == "vision" and bool(out["mask"].all()):
                 del out["mask"]
             out["readable"] = torch.tensor(readable)
             return out

@@ -235,8 +235,9 @@ class AlignSource:
         held, row = self._rows(stream)
         values = self.frozen(
             tower, [self.records[i] for i in held], fields, image_size=self.image_size[stream],
-            augment=self.config.augment_of(tower.modality), copies=self.config.copies, seed=self.seed, name=f"{self.name}-{stream}",
-            progress=self.progress, on_bad=lambda k, error: bad.setdefault(held[k], error),
+            augment=self.config.augment_of(tower.modality), copies=self.config.copies, frames=self.config.frames,
+            seed=self.seed, name=f"{self.name}-{stream}", progress=self.progress,
+            on_bad=lambda k, error: bad.setdefault(held[k], error),
         )  # fmt: skip
         about: dict[str, Any] = {}
         if tower.modality == "vision" and "tokens" in fields and getattr(tower, "grid", None) is not None:

@@ -115,11 +115,13 @@ def file_stamp(path: str | Path) -> str:
 
 
 def media_stamp(value: Any) -> str:
-    """What tells a medium from others: see ``Blob.stamp`` and ``file_stamp``; bytes by their hash.
+    """What tells a medium from others: see ``Blob.stamp`` and ``file_stamp``; bytes by their hash, lists by all parts.
 
     Raises:
         UserError: no such file.
     """
     if isinstance(value, Blob):
         return value.stamp()
+    if isinstance(value, list | tuple):
+        return " ".join(media_stamp(v) for v in value)
     return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else file_stamp(value)

@@ -20,6 +20,7 @@ from mmllm.data.media import load_audio, load_image
 from mmllm.data.open import DataSpec, located_records
 from mmllm.data.records import Located
 from mmllm.data.rejected import Rejected
+from mmllm.data.video import load_video
 from mmllm.errors import UserError, unknown
 from mmllm.evaluate.index import Hit, Index
 
@@ -68,7 +69,8 @@ class Embedder:
         if tower.modality == "audio":
             return load_audio(value, processor.sampling_rate)
         side = self.model.image_size.get(stream) or getattr(processor, "image_size", None) or 224
-        return load_image(value, resized_to(processor, side))
+        small = resized_to(processor, side)
+        return load_video(value, side=small) if tower.modality == "video" else load_image(value, small)
 
     @torch.inference_mode()
     def embed(self, stream: str, items: Sequence[Any]) -> Tensor:

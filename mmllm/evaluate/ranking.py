@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,9 +53,19 @@ def positives_by_key(queries: Sequence[Hashable], gallery: Sequence[Hashable]) -
     return [places.get(key, []) for key in queries]
 
 
+class Rows(tuple):
+    """Several tensors with one row per item, as a scorer of tokens takes them, that are cut and counted by items."""
+
+    def __len__(self) -> int:
+        return len(next(iter(self)))
+
+    def __getitem__(self, index: Any) -> Rows:  # type: ignore[override]
+        return Rows(part[index] for part in self)
+
+
 def rank_positives(
-    query: Tensor,
-    gallery: Tensor,
+    query: Tensor | Rows,
+    gallery: Tensor | Rows,
     positives: Sequence[Sequence[int]],
     scorer: Scorer | None = None,
     chunk: int = 1024,
@@ -67,7 +78,7 @@ def rank_positives(
     (positives so far) / (items so far).
 
     Args:
-        query: [Q, D]; gallery: [G, D]; or whatever the scorer takes and slices along the first dimension.
+        query: [Q, D]; gallery: [G, D]; or the Rows that the scorer takes.
         positives: gallery items of each query.
         scorer: cosine unless given.
 
@@ -102,7 +113,7 @@ def rank_positives(
 
 
 def _blocks(
-    scorer: Scorer, query: Tensor, gallery: Tensor, columns: Tensor, size: int
+    scorer: Scorer, query: Any, gallery: Any, columns: Tensor, size: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Finite scores [q, g] of one part of the gallery after the other, and where positives lie in it.
 
@@ -126,7 +137,7 @@ def chance_precision(counts: Sequence[int], gallery: int) -> float:
 
 def pair_figures(
     name: str,
-    embeddings: Mapping[str, Tensor],
+    embeddings: Mapping[str, Tensor | Rows],
     keys: Mapping[str, Sequence[Hashable]],
     ks: Sequence[int] = KS,
     scorer: Scorer | None = None,
@@ -138,7 +149,7 @@ def pair_figures(
     without a partner in the other stream are left out, and the note says how many.
 
     Args:
-        embeddings: stream -> [N, D].
+        embeddings: stream -> [N, D], or Rows for a scorer of tokens.
         keys: stream -> [N]; rows of the same key belong together.
     """
     out: list[Figure] = []

@@ -92,8 +92,11 @@ def image_inputs(processor: Any, images: Sequence[Any]) -> dict[str, Tensor]:
     return {k: out[k] for k in IMAGE_KEYS if k in out}
 
 
-def video_inputs(processor: Any, videos: Sequence[Sequence[Any]]) -> dict[str, Tensor]:
+def video_inputs(processor: Any, videos: Sequence[Sequence[Any]], frames: int = 1) -> dict[str, Tensor]:
     """Videos as lists of frames (PIL) -> ``pixel_values`` [B, T, 3, H, W], zeros after the end, ``frame_mask`` [B, T].
+
+    Args:
+        frames: the least T; else that of the longest video.
 
     Raises:
         ValueError: a video without frames.
@@ -101,7 +104,7 @@ def video_inputs(processor: Any, videos: Sequence[Sequence[Any]]) -> dict[str, T
     if not all(len(v) for v in videos):
         raise ValueError("a video has no frames")
     flat = image_inputs(processor, [frame for video in videos for frame in video])["pixel_values"]
-    longest = max(len(v) for v in videos)
+    longest = max(frames, *(len(v) for v in videos))
     pixels = flat.new_zeros(len(videos), longest, *flat.shape[1:])
     mask = torch.zeros(len(videos), longest, dtype=torch.bool)
     start = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,16 +66,18 @@ class AlignStage:
         for source in data if isinstance(data, list) else [data]:
             yield from located_records(source, root=self.folder)
 
-    def records(self, data: Data | list[str]) -> list[dict[str, Any]]:
-        """The records of one or several files of the dataset.
+    def records(self, data: Data | list[str], recipes: Sequence[Any] = ()) -> list[dict[str, Any]]:
+        """The records of one or several files of the dataset, after data recipes.
 
         Raises:
             UserError: something that is no record.
         """
+        from mmllm.data.recipes import apply_recipes
+
         out = []
-        for item in self.located(data):
+        for item in apply_recipes(self.located(data), recipes):
             if item.record is None:
-                raise UserError(item.problem, item.where)
+                raise UserError(str(item.problem), item.where)
             out.append(item.record)
         return out
 

@@ -14,13 +14,16 @@ from mmllm.align.config import MeasureConfig, SourceConfig
 from mmllm.align.objectives import centre_cell
 from mmllm.align.reading import FIELD
 from mmllm.align.source import texts_of
+from mmllm.contracts import Scorer, Stream
+from mmllm.errors import UserError, unknown
 from mmllm.evaluate.geometry import geometry_figures
 from mmllm.evaluate.nearest import nearest_page
 from mmllm.evaluate.probes import probe_figures
-from mmllm.evaluate.ranking import pair_figures
+from mmllm.evaluate.ranking import Rows, pair_figures
 from mmllm.evaluate.retrieval import retrieval_figures, zero_shot_figure
 from mmllm.evaluate.stats import derangement, mean_interval
 from mmllm.evaluate.zero_shot import embed_classes
+from mmllm.registry import make
 from mmllm.report.figures import Figure
 
 if TYPE_CHECKING:
@@ -35,12 +38,31 @@ def measure_all(stage: AlignStage) -> list[Figure]:
         present = [f for f in files if (stage.folder / f).is_file()]
         for missing in sorted(set(files) - set(present)):
             stage.notice(f"measure '{measure.name}': the data set has no {missing}")
-        records = stage.records(present) if present else []
+        records = stage.records(present, measure.recipes) if present else []
         if not records:
             out.append(Figure(measure.name, None, note="no data: " + ", ".join(files)))
             continue
-        out += KINDS[measure.kind](stage, measure, records)
+        out += with_targets(measure, KINDS[measure.kind](stage, measure, records))
     return out
+
+
+def with_targets(measure: MeasureConfig, figures: list[Figure]) -> list[Figure]:
+    """The figures, those of ``times_chance`` with their target and verdict.
+
+    Raises:
+        UserError: a figure that the measure does not have, or one without chance.
+    """
+    by_name = {f.name.removeprefix(f"{measure.name}_"): f for f in figures}
+    for name, factor in measure.times_chance.items():
+        where = f"measure '{measure.name}', times_chance"
+        if name not in by_name:
+            raise unknown("figure", name, by_name, where)
+        figure = by_name[name]
+        if figure.chance is None:
+            raise UserError(f"'{name}' has no chance level", where)
+        figure.target = factor * figure.chance
+        figure.verdict = "met" if (figure.value or 0.0) >= figure.target else "missed"
+    return figures
 
 
 @torch.no_grad()
@@ -54,7 +76,13 @@ def plain_embeddings(
     field = "tokens" if kind == "token_embedding" else "pooled"
     size = measure.image_size or stage.model.image_size.get(stream)
     found = stage.frozen(
-        tower, records, [field], image_size=size, augment=augment if augment == "cutout" else "none", name=measure.name
+        tower,
+        records,
+        [field],
+        image_size=size,
+        augment=augment if augment == "cutout" else "none",
+        name=measure.name,
+        frames=measure.frames,
     )
     rows, mask = [], []
     for i in range(0, len(records), 256):
@@ -135,24 +163,57 @@ def class_of(record: dict[str, Any], field: str) -> str:
 
 
 def stream_rows(
-    stage: AlignStage, measure: MeasureConfig, stream: str, records: list[dict[str, Any]]
-) -> tuple[Tensor, list[int]]:
-    """Embeddings of a stream, and the record number of each row: a row for each text, none where a record has none."""
+    stage: AlignStage,
+    measure: MeasureConfig,
+    stream: str,
+    records: list[dict[str, Any]],
+    scorer: Scorer | None = None,
+) -> tuple[Any, list[int]]:
+    """What a scorer compares of a stream (embeddings by default), and the record number of each row: a row for each
+    text, none where a record has none."""
     field = FIELD[stage.model.tower(stream).modality]
     rows = [(i, t) for i, r in enumerate(records) for t in (texts_of(r) if field == "text" else [r.get(field)]) if t]
     held = [i for i, _ in rows]
     if not rows:
         return torch.empty(0, stage.model.embedding_dim), held
+    if scorer is not None and "token_embedding" in scorer.needs:
+        return token_rows(stage, measure, stream, [records[i] for i in held], [str(t) for _, t in rows], scorer), held
     if field == "text":
         return text_embeddings(stage, stream, [[t] for _, t in rows]), held
     return plain_embeddings(stage, measure, [records[i] for i in held], "embedding", stream)[0], held
 
 
+@torch.no_grad()
+def token_rows(
+    stage: AlignStage,
+    measure: MeasureConfig,
+    stream: str,
+    records: list[dict[str, Any]],
+    texts: list[str],
+    scorer: Scorer,
+) -> Rows:
+    """A scorer's rows made from the tokens of texts, or of the media of records."""
+    if stage.model.tower(stream).modality != "text":
+        tokens, mask, _ = plain_embeddings(stage, measure, records, "token_embedding", stream)
+        return Rows(scorer.rows(Stream(token_embedding=tokens, token_mask=mask)))
+    parts = []
+    for i in range(0, len(texts), 256):
+        inputs = {k: v.to(stage.device) for k, v in stage.model.inputs(stream, texts[i : i + 256]).items()}
+        parts.append(stage.model.stream(stream, inputs, scorer.needs))
+    longest = max(p.token_embedding.shape[1] for p in parts)
+    tokens = torch.cat([F.pad(p.token_embedding.cpu(), (0, 0, 0, longest - p.token_embedding.shape[1])) for p in parts])
+    mask = torch.cat([F.pad(p.token_mask.cpu(), (0, longest - p.token_mask.shape[1])) for p in parts])
+    return Rows(scorer.rows(Stream(token_embedding=tokens, token_mask=mask)))
+
+
 def pairs(stage: AlignStage, measure: MeasureConfig, records: list[dict[str, Any]]) -> list[Figure]:
     """Retrieval of the other half of each record, for every ordered pair of the measure's streams."""
-    found = {s: stream_rows(stage, measure, s, records) for s in measure.streams}
+    scorer = make("scorer", measure.scorer, f"measure '{measure.name}'")
+    found = {s: stream_rows(stage, measure, s, records, scorer) for s in measure.streams}
     embeddings, keys = {s: rows for s, (rows, _) in found.items()}, {s: held for s, (_, held) in found.items()}
-    return pair_figures(measure.name, embeddings, keys)
+    if measure.by == "label":
+        keys = {s: [str(records[i].get("label") or texts_of(records[i])[0]) for i in held] for s, held in keys.items()}
+    return pair_figures(measure.name, embeddings, keys, scorer=scorer)
 
 
 def geometry(stage: AlignStage, measure: MeasureConfig, records: list[dict[str, Any]]) -> list[Figure]:
