@@ -53,6 +53,20 @@ def child(arguments: Sequence[str], threads: int, **env: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def clip_tokenizer(folder: Path) -> Any:
+    """CLIP's tokenizer of transformers, from the vocabulary in open_clip's package; saved in ``folder``."""
+    from open_clip.tokenizer import SimpleTokenizer
+    from transformers import CLIPTokenizer
+
+    own = SimpleTokenizer()
+    start, end = own.decoder[own.sot_token_id], own.decoder[own.eot_token_id]
+    merges: Any = list(own.bpe_ranks)  # in the order of their ranks
+    marks = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
+    made = CLIPTokenizer(vocab=dict(own.encoder), merges=merges, **marks)
+    made.save_pretrained(folder)
+    return made
+
+
 def clock(run: Callable[[], Any]) -> float:
     """Seconds that ``run()`` takes."""
     start = time.perf_counter()

@@ -58,11 +58,13 @@ class MMLLMImageProcessor(BaseImageProcessor):
         """One picture or a list of them -> ``pixel_values`` [B, 3, S, S] float32."""
         side = image_size or self.image_size
         batch = images if isinstance(images, (list, tuple)) else [images]
-        mean, std = (np.asarray(v, np.float32) * 255 for v in (self.image_mean, self.image_std))
+        mean, std = (np.asarray(v, np.float32)[:, None, None] * 255 for v in (self.image_mean, self.image_std))
         out = np.empty((len(batch), 3, side, side), np.float32)
         for i, image in enumerate(batch):
             rgb = to_rgb(image)
             if rgb.size != (side, side):
                 rgb = rgb.resize((side, side), RESAMPLE[self.resample])
-            out[i] = ((np.asarray(rgb, np.float32) - mean) / std).transpose(2, 0, 1)
+            out[i] = np.asarray(rgb).transpose(2, 0, 1)  # bytes are moved, and floats then changed in place
+            out[i] -= mean
+            out[i] /= std
         return BatchFeature({"pixel_values": out}, tensor_type=return_tensors)
