@@ -37,56 +37,98 @@ class Features:
 
 @dataclass
 class Stream:
-    """One named stream of a batch (``image``, ``text``, ``image@strong``, ``text[2]``): features and projections.
+    """One named stream of a batch (``image``, ``text``, ``image@strong``, ``image@ema``): features and projections.
+
+    A stream has one row per item, unless ``owner`` says otherwise: records may lack a modality (no row), or have
+    several rows in it (captions).
 
     Attributes:
-        embedding: [B, P], unit norm, what a pooled head gives.
-        token_embedding: [B, M, P], what a token-level head (a connector) gives; ``token_mask`` [B, M] bool.
-        present: [B] bool, False where the record lacks this modality; None means all are present.
-        owner: [B'] index of the item that each row belongs to, for streams with several rows per item.
+        features: what the tower gives, where an objective needs it (``image.tokens``, ``text.input_ids``).
+        embedding: [B', P], unit norm, what a pooled head gives.
+        token_embedding: [B', M, P], what a token-level head (a connector) gives; ``token_mask`` [B', M] bool.
+        grid: (t, h, w) where the ``token_embedding`` of a connector lies on the tower's grid.
+        owner: [B'] number, within the batch, of the item that each row belongs to; None: row i is item i.
+        extras: what an input transform made beside the inputs, such as ``labels`` of masked words, [B', ...].
+        boxes: of this view, where it moved them; else the batch's hold.
     """
 
     features: Features | None = None
     embedding: Tensor | None = None
     token_embedding: Tensor | None = None
     token_mask: Tensor | None = None
-    present: Tensor | None = None
+    grid: tuple[int, int, int] | None = None
     owner: Tensor | None = None
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    boxes: list[list[dict[str, Any]]] | None = None
 
 
 @dataclass
 class AlignBatch:
-    """What an objective sees: all streams of the gathered batch (all ranks, all chunks).
+    """What an objective sees: all streams of the batch, of all chunks and (see ``Objective.gathered``) all processes.
 
     Attributes:
+        items: [B] numbers of the items in their source's data.
+        label_ids: [B] int64, equal for equal labels; ``labels`` as text are those of this process.
         boxes: per item, a list of ``{"xyxy": [x0, y0, x1, y1] in 0..1, "text": str}``.
         logit_scale: pair name ("image:text") -> scalar, already exponentiated.
         logit_bias: pair name -> scalar.
+        step: of the optimizer, from 0; ``progress`` is its share of the phase's steps, 0..1.
+        ranks: the processes, for objectives that are not ``gathered``; None: the batch is whole.
+        extras: what a source brings besides: its ``vocabulary``, fields of its records by name.
     """
 
     streams: dict[str, Stream]
     ids: list[str] = field(default_factory=list)
     labels: list[str] | None = None
     groups: list[str] | None = None
-    languages: list[str] | None = None
+    languages: list[str | None] | None = None
     boxes: list[list[dict[str, Any]]] | None = None
+    items: Tensor | None = None
+    label_ids: Tensor | None = None
     logit_scale: dict[str, Tensor] = field(default_factory=dict)
     logit_bias: dict[str, Tensor] = field(default_factory=dict)
+    step: int = 0
+    progress: float = 0.0
+    ranks: Any = None
     extras: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """Number of items."""
+        for known in (self.items, self.ids, self.labels):
+            if known is not None and len(known):
+                return len(known)
+        for stream in self.streams.values():
+            rows = stream.embedding if stream.embedding is not None else stream.token_embedding
+            rows = stream.features.pooled if rows is None and stream.features is not None else rows
+            if rows is not None and stream.owner is None:
+                return len(rows)
+        raise ValueError("a batch without ids needs a stream with one row per item")
 
 
 class Objective(nn.Module):
-    """A loss on an AlignBatch; may own parameters, buffers and queues.
+    """A loss on an AlignBatch; may own parameters, buffers and queues, and other modules with an ``after_step``.
 
-    Class attributes:
-        needs: what must be in the batch, such as ``image.tokens`` or ``text@mlm.input_ids``.
-        two_pass: True when the loss is right under the two-pass big-batch step (features detached, then re-run).
+    Attributes (of the class, or set in ``__init__``):
+        needs: what must be in the batch: ``image.embedding``, ``image.token_embedding``, ``image.tokens``,
+            ``image.pooled``, ``image.grid``, ``text.input_ids``, ``image.layers[-2]``, ``text@mlm.labels``, ``boxes``,
+            ``labels``, ``groups``, ``vocabulary``, ``meta.FIELD``.
+        streams: streams that the objective brings along where the config does not define them, such as
+            ``{"image@ema": {"of": "image", "ema": 0.996}}``.
+        two_pass: True when the loss is right under the two-pass big-batch step, in which the streams are made in
+            chunks and a second time for the gradient: it must reach the towers through the batch alone.
+        gathered: True: sees the items of all processes, each process computing all of it; False: sees its own
+            process's and ``batch.ranks``.
         lr_multiplier: factor on the learning rate of the objective's own parameters.
     """
 
     needs: frozenset[str] = frozenset()
+    streams: dict[str, dict[str, Any]] = {}
     two_pass: bool = True
+    gathered: bool = True
     lr_multiplier: float = 1.0
+
+    def setup(self, model: nn.Module) -> None:
+        """Called once before training, with the AlignModel: makes parameters whose size the towers decide."""
 
     def forward(self, batch: AlignBatch) -> dict[str, Tensor]:
         """Returns ``{"loss": scalar or [B], "valid": [B] bool (optional), ...named terms for the log}``."""
@@ -96,7 +138,7 @@ class Objective(nn.Module):
         """Called after each optimizer step (EMA, queues)."""
 
     def on_epoch(self, bank: Any) -> None:
-        """Called at the start of an epoch with the feature bank of the training set."""
+        """Called at the start of an epoch with the feature bank of the training set (``mmllm.align.bank``)."""
 
 
 class Tower(nn.Module):
@@ -116,6 +158,14 @@ class Tower(nn.Module):
     def pooled_size(self) -> int:
         """Width of ``Features.pooled``."""
         return self.hidden_size
+
+    @property
+    def gives(self) -> frozenset[str]:
+        """Which parts of Features it fills: what objectives may need."""
+        more = {"input_ids"} if self.modality == "text" else set()
+        if getattr(self, "grid", None) is not None:
+            more.add("grid")
+        return frozenset({"tokens", "mask", "pooled", "layers"} | more)
 
     def trainable(self) -> list[nn.Parameter]:
         """What may go into an optimizer."""
@@ -166,16 +216,29 @@ class Connector(nn.Module):
 
 
 class Scorer:
-    """Similarity of queries to a gallery, shared by retrieval, zero-shot and search; cosine unless overridden."""
+    """Similarity of queries to a gallery, shared by objectives, retrieval, zero-shot and search; cosine by itself.
+
+    Attributes:
+        needs: what it compares of a stream: ``embedding``, ``token_embedding``, ``tokens``.
+        symmetric: True when score(a, b) is the transpose of score(b, a).
+    """
+
+    needs: frozenset[str] = frozenset({"embedding"})
+    symmetric: bool = True
+
+    def rows(self, stream: Stream) -> Any:
+        """What is compared: a tensor [N, ...], or a tuple of tensors with N first."""
+        assert stream.embedding is not None
+        return stream.embedding
 
     def score(self, query: Any, gallery: Any) -> Tensor:
-        """query [Q, D], gallery [G, D] -> [Q, G]."""
+        """``rows`` of Q and of G items -> [Q, G]; a function of its arguments alone."""
         q = torch.nn.functional.normalize(query, dim=-1)
         return q @ torch.nn.functional.normalize(gallery, dim=-1).T
 
 
 class Transform:
-    """Record -> record, or tensors -> tensors with their boxes, before the towers; random draws come from ``rng``.
+    """Record -> record with its boxes, before the preprocessor; random draws come from ``rng`` (numpy).
 
     Attributes:
         field: what it changes: ``image`` (with ``boxes``), ``audio`` or ``text``; empty: several of them.
@@ -189,6 +252,27 @@ class Transform:
         raise NotImplementedError
 
 
+class InputTransform:
+    """Tower inputs -> tower inputs, whole batches of a stream, between the preprocessor and the tower.
+
+    Attributes:
+        modality: whose inputs it changes.
+        gives: the extras that it makes, which objectives may need (``text@mlm.labels``).
+        name: what a config calls it.
+    """
+
+    modality: str = ""
+    gives: frozenset[str] = frozenset()
+    name: str = ""
+
+    def setup(self, tower: Tower) -> None:
+        """Called once with the stream's tower (its tokenizer, its patch size)."""
+
+    def __call__(self, inputs: dict[str, Any], generator: torch.Generator) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Tensors [B, ...] by name -> changed copies, and extras [B, ...] by name."""
+        raise NotImplementedError
+
+
 class BatchSampler:
     """Which items make up batch number ``step``: a pure function of the seed and the step, so resume needs no state."""
 
@@ -197,22 +281,37 @@ class BatchSampler:
 
 
 class DataRecipe:
-    """Records -> records, offline."""
+    """Records -> records, offline, before a source is screened; ``name`` is what a config calls it."""
+
+    name: str = ""
 
     def apply(self, records: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         raise NotImplementedError
 
 
 class StepHook:
-    """Actions around one training step."""
+    """Actions around one training step; one that is also an ``nn.Module`` has its buffers kept in checkpoints.
 
-    def before_forward(self, model: nn.Module, batch: Any, step: int) -> None: ...
+    Attributes:
+        groups: name -> the parameters that train, set before the first step.
+    """
 
-    def after_loss(self, model: nn.Module, batch: Any, losses: dict[str, Tensor], step: int) -> None: ...
+    groups: dict[str, list[nn.Parameter]] = {}
 
-    def after_backward(self, model: nn.Module, step: int) -> None: ...
+    def before_forward(self, model: nn.Module, batch: Any, step: int) -> None:
+        """Before the model sees a micro-batch."""
 
-    def before_optimizer_step(self, model: nn.Module, step: int) -> None: ...
+    def after_loss(self, model: nn.Module, batch: Any, losses: dict[str, Any], step: int) -> None:
+        """Between loss and backward; may replace ``losses["loss"]``.
+
+        ``losses["each"]`` (align): term -> (loss [B], valid [B] bool) of objectives that give a loss per item.
+        """
+
+    def after_backward(self, model: nn.Module, step: int) -> None:
+        """After the backward of a micro-batch."""
+
+    def before_optimizer_step(self, model: nn.Module, step: int) -> None:
+        """With the gradients of the whole step, clipped."""
 
 
 class Task:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from collections.abc import Callable
 from importlib import metadata
 from typing import Any, TypeVar
@@ -9,8 +11,9 @@ from typing import Any, TypeVar
 from mmllm.errors import UserError, unknown
 
 ENTRY_POINT_GROUP = "mmllm.plugins"
+LIBRARY = "mmllm.methods"  # found as a plugin is, by name: the rooms below it must not import it
 _REGISTRY: dict[str, dict[str, Any]] = {}
-_plugins_loaded = False
+_methods_loaded = _plugins_loaded = False
 T = TypeVar("T")
 
 
@@ -29,6 +32,14 @@ def register(kind: str, name: str) -> Callable[[T], T]:
         return thing
 
     return add
+
+
+def load_methods() -> None:
+    """Imports the library of methods, once."""
+    global _methods_loaded
+    if not _methods_loaded:
+        _methods_loaded = True
+        importlib.import_module(LIBRARY).load_methods()
 
 
 def load_plugins() -> None:
@@ -50,11 +61,13 @@ def load_plugins() -> None:
 
 
 def get(kind: str, name: str, where: object | None = None) -> Any:
-    """The object registered under ``name``.
+    """The object registered under ``name``: by the core, by a method of the library, or by a third party.
 
     Raises:
         UserError: no such name; the message gives the nearest valid one.
     """
+    if name not in _REGISTRY.get(kind, {}):
+        load_methods()
     if name not in _REGISTRY.get(kind, {}):
         load_plugins()
     try:
@@ -63,7 +76,30 @@ def get(kind: str, name: str, where: object | None = None) -> Any:
         raise unknown(kind, name, _REGISTRY.get(kind, {}), where) from None
 
 
+def make(kind: str, spec: str | dict[str, Any], where: object | None = None) -> Any:
+    """An object of a registered class, from its name or ``{"type": NAME, **options}``; it knows its ``name``.
+
+    Raises:
+        UserError: unknown name or option, or one that is missing.
+    """
+    options = {"type": spec} if isinstance(spec, str) else dict(spec)
+    name = str(options.pop("type", ""))
+    cls = get(kind, name, where)
+    valid = list(inspect.signature(cls).parameters)
+    for key in options:
+        if key not in valid:
+            raise unknown("option", key, valid, f"{kind.replace('_', ' ')} '{name}'")
+    try:
+        made = cls(**options)
+    except TypeError as e:
+        raise UserError(str(e).split("() ")[-1], f"{kind.replace('_', ' ')} '{name}'") from None
+    if not getattr(made, "name", None):
+        made.name = name
+    return made
+
+
 def names(kind: str) -> list[str]:
     """All names of one kind, sorted, plugins included."""
+    load_methods()
     load_plugins()
     return sorted(_REGISTRY.get(kind, {}))

@@ -12,7 +12,8 @@ from mmllm.errors import UserError
 
 @pytest.fixture(autouse=True)
 def empty_registry(monkeypatch):
-    """A registry of its own for each test, with plugins not looked for yet."""
+    """A registry of its own for each test, with plugins not looked for yet and the library of methods left out."""
+    monkeypatch.setattr(registry, "_methods_loaded", True)
     monkeypatch.setattr(registry, "_REGISTRY", {})
     monkeypatch.setattr(registry, "_plugins_loaded", False)
 

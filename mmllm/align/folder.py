@@ -27,12 +27,16 @@ def save_align(model: AlignModel, folder: str | Path, info: dict[str, Any]) -> N
     own = {k: t for k, t in model.towers.items() if t.to_config()["model_type"] != "word_embeddings"}  # type: ignore[operator]
     for name, tower in own.items():
         save_tower(tower, folder / name)  # type: ignore[arg-type]
-    state = {k: v.detach().cpu().contiguous() for k, v in model.heads.state_dict(prefix="heads.").items()}
+    heads = {n: h for n, h in model.heads.items() if n in model.tower_of}  # those of derived streams were for training
+    state = {
+        f"heads.{n}.{k}": v.detach().cpu().contiguous() for n, h in heads.items() for k, v in h.state_dict().items()
+    }
     for name in ("logit_scale", "logit_bias"):
         state |= {f"{name}.{k}": v.detach().cpu() for k, v in getattr(model, name).items()}
     save_file(state, str(folder / "heads.safetensors"), metadata={"format": "pt"})
-    for name, connector in model.connectors.items():
-        connector.save_pretrained(folder / f"connector_{name}")  # type: ignore[operator]
+    for name in (n for n in model.connectors if n in model.tower_of):
+        connector: Any = model.connectors[name]
+        connector.save_pretrained(folder / f"connector_{name}")
     streams = {
         name: {
             "modality": model.tower(name).modality,

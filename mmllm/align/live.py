@@ -11,7 +11,7 @@ import numpy as np
 from mmllm.errors import UserError
 
 
-class LiveMedia:
+class LiveItems:
     """Decodes items by number.
 
     Args:
@@ -23,7 +23,7 @@ class LiveMedia:
 
     def __init__(
         self,
-        read: Callable[[int, int], Any],
+        read: Callable[[int, int | None], Any],
         usable: Sequence[int],
         reject: Callable[[int, UserError], None],
         workers: int = 1,
@@ -33,7 +33,7 @@ class LiveMedia:
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="media") if workers > 1 else None
 
     def load(
-        self, chosen: Sequence[int], seeds: Sequence[int], rng: np.random.Generator
+        self, chosen: Sequence[int], seeds: Sequence[int] | None, rng: np.random.Generator
     ) -> tuple[list[int], list[Any]]:
         """(item numbers, items): the chosen ones, each unreadable one replaced by one drawn with ``rng``.
 
@@ -44,9 +44,10 @@ class LiveMedia:
             UserError: nothing readable is left.
         """
         chosen = list(chosen)
-        items = list((self._pool.map if self._pool else map)(self._try, chosen, seeds))
+        drawn: list[int | None] = [None] * len(chosen) if seeds is None else list(seeds)
+        items = list((self._pool.map if self._pool else map)(self._try, chosen, drawn))
         spare = None
-        for place, seed in enumerate(seeds):
+        for place, seed in enumerate(drawn):
             while isinstance(items[place], UserError):
                 self.unreadable[chosen[place]] = items[place]
                 self.reject(chosen[place], items[place])
@@ -64,7 +65,7 @@ class LiveMedia:
                 return item
         raise UserError("no readable item is left to fill the batch", do="see rejected.jsonl in the run folder")
 
-    def _try(self, item: int, seed: int) -> Any:
+    def _try(self, item: int, seed: int | None) -> Any:
         if item in self.unreadable:
             return self.unreadable[item]
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,8 @@ class AlignModel(nn.Module):
         tower_of: stream -> key in ``towers`` (streams may share a tower).
         image_size: stream -> side of its pictures.
         max_logit_scale: what ``scale`` never exceeds; None: no limit (SigLIP's released scales are above 100).
+        of: derived stream -> the stream whose tower, head and connector it goes through.
+        from_init: pairs whose temperature an initial model has brought.
         active: parts such as ``image.head`` that train; everything else stays in eval mode, dropout and
             BatchNorm included.
     """
@@ -65,6 +67,8 @@ class AlignModel(nn.Module):
         self.connectors = nn.ModuleDict(connectors)
         self.tower_of, self.embedding_dim = dict(tower_of), embedding_dim
         self.image_size: dict[str, int] = {}
+        self.of: dict[str, str] = {}
+        self.from_init: set[str] = set()
         names = [":".join(p) for p in pairs]
         # CLIP's start 1 / 0.07 for softmax; SigLIP's bias is set by the objective that uses it.
         self.logit_scale = nn.ParameterDict({n: nn.Parameter(torch.tensor(math.log(1 / 0.07))) for n in names})
@@ -78,9 +82,35 @@ class AlignModel(nn.Module):
         Raises:
             UserError: no such stream.
         """
-        if stream not in self.tower_of:
+        base = self.base(stream)
+        if base not in self.tower_of:
             raise UserError(f"this model has no stream '{stream}'", do=f"it has: {', '.join(self.tower_of)}")
-        return self.towers[self.tower_of[stream]]  # type: ignore[return-value]
+        return self.towers[self.tower_of[base]]  # type: ignore[return-value]
+
+    def base(self, stream: str) -> str:
+        """The stream itself, or the one that it is derived from."""
+        return self.of.get(stream, stream)
+
+    def owner(self, stream: str, kind: str) -> str:
+        """Under which name a stream's ``head`` or ``connector`` stands: its own, or that of its base.
+
+        Raises:
+            UserError: neither has one.
+        """
+        held = self.heads if kind == "head" else self.connectors
+        name = next((n for n in (stream, self.base(stream)) if n in held), None)
+        if name is None:
+            raise UserError(f"stream '{stream}' has no {kind}", do=f"add streams.{self.base(stream)}.{kind}")
+        return name
+
+    def modules_of(self, stream: str, want: Iterable[str] = ("embedding", "token_embedding")) -> dict[str, nn.Module]:
+        """``tower``, and ``head`` and ``connector`` as far as ``want`` needs them."""
+        found: dict[str, nn.Module] = {"tower": self.tower(stream)}
+        if "embedding" in want:
+            found["head"] = self.heads[self.owner(stream, "head")]
+        if "token_embedding" in want:
+            found["connector"] = self.connectors[self.owner(stream, "connector")]
+        return found
 
     def head_config(self, stream: str) -> HeadConfig | None:
         """Config of a stream's pooled head, None where it has none."""
@@ -100,41 +130,40 @@ class AlignModel(nn.Module):
                 module.eval()
         return self
 
-    def features(self, stream: str, inputs: dict[str, Any]) -> Features:
-        """Features from ready ones (``tokens`` and/or ``pooled``) or by running the tower on its inputs."""
-        if "pooled" not in inputs and "tokens" not in inputs:
-            return self.tower(stream)(**inputs)
-        tokens, pooled = inputs.get("tokens"), inputs.get("pooled")
-        some = tokens if tokens is not None else pooled
-        assert some is not None
-        tokens = pooled[:, None] if tokens is None and pooled is not None else tokens
-        assert tokens is not None
-        mask = inputs.get("mask")
-        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=some.device) if mask is None else mask.bool()
-        if pooled is None:
-            weight = mask[..., None].to(tokens.dtype)
-            pooled = (tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
-        grid = inputs.get("grid")
-        return Features(tokens.float(), mask, pooled.float(), grid=tuple(grid) if grid is not None else None)
-
-    def stream(self, name: str, inputs: dict[str, Any], want: Sequence[str] = ("embedding",)) -> Stream:
-        """Runs what ``want`` names: ``embedding`` (head) and ``token_embedding`` (connector).
+    def stream(
+        self,
+        name: str,
+        inputs: dict[str, Any],
+        want: Iterable[str] = ("embedding",),
+        modules: Mapping[str, nn.Module] | None = None,
+    ) -> Stream:
+        """Runs what ``want`` names (see ``Objective.needs``, without the stream's name).
 
         Args:
             inputs: tower inputs or cached features, one row per item.
+            modules: another tower, head and connector than the stream's own (a teacher's).
         """
-        out = Stream(self.features(name, inputs))
-        assert out.features is not None
+        want = set(want)
+        modules = self.modules_of(name, want) if modules is None else modules
+        features = self.features(name, inputs, tuple(layers_in(want)), modules["tower"])
+        # What nobody asks for is not kept: of a big batch made in chunks, tokens would be most of the memory.
+        out = Stream(features if want - {"embedding", "token_embedding"} else None)
         if "embedding" in want:
-            if name not in self.heads:
-                raise UserError(f"stream '{name}' has no head", do=f"add streams.{name}.head")
-            out.embedding = F.normalize(self.heads[name](out.features.pooled).float(), dim=-1)
+            out.embedding = F.normalize(modules["head"](features.pooled).float(), dim=-1)
         if "token_embedding" in want:
-            if name not in self.connectors:
-                raise UserError(f"stream '{name}' has no connector", do=f"add streams.{name}.connector")
-            tokens, out.token_mask = self.connectors[name](out.features)
+            tokens, out.token_mask = modules["connector"](features)
             out.token_embedding = tokens.float()
+            out.grid = features.grid
         return out
+
+    def features(
+        self, stream: str, inputs: dict[str, Any], layers: Sequence[int] = (), tower: nn.Module | None = None
+    ) -> Features:
+        """Features from ready ones (``tokens`` and/or ``pooled``) or by running the tower on its inputs."""
+        if "pooled" not in inputs and "tokens" not in inputs:
+            tower = self.tower(stream) if tower is None else tower
+            return tower(**inputs, **({"layers": layers} if layers else {}))
+        return ready_features(inputs)
 
     def scale(self, pair: str) -> Tensor:
         """The exponentiated temperature of a pair, at most ``max_logit_scale``."""
@@ -146,14 +175,24 @@ class AlignModel(nn.Module):
         tower = self.tower(stream)
         if tower.modality == "text":
             return tower.encode(list(items))  # type: ignore[attr-defined]
-        processor, size = tower.preprocessor(), self.image_size.get(stream)
-        if tower.modality == "audio":
-            return dict(audio_inputs(processor, list(items)))
-        if size:
+        processor, size = tower.preprocessor(), self.image_size.get(self.base(stream))
+        if size and tower.modality != "audio":
             set_image_size(processor, size)
-        if tower.modality == "video":
-            return dict(video_inputs(processor, list(items)))
-        return dict(image_inputs(processor, list(items)))
+        return media_inputs(tower.modality, processor, items)
+
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        """Lets towers that train keep no activations inside their layers; the backward makes them again.
+
+        Raises:
+            UserError: a tower that trains has no layers that could.
+        """
+        for name in self.towers:
+            tower: Any = self.towers[name]
+            if f"{name}.tower" in self.active:
+                if not hasattr(tower, "gradient_checkpointing_enable"):
+                    do = "leave train.gradient_checkpointing out, or take chunk_size for large batches"
+                    raise UserError(f"the tower of '{name}' knows no gradient checkpointing", do=do)
+                tower.gradient_checkpointing_enable(**kwargs)
 
     @torch.no_grad()
     def embed(self, stream: str, items: Sequence[Any], batch_size: int = 64) -> Tensor:
@@ -166,3 +205,29 @@ class AlignModel(nn.Module):
         ]
         self.train(was)
         return torch.cat([e for e in out if e is not None]) if out else torch.empty(0, self.embedding_dim)
+
+
+def media_inputs(modality: str, processor: Any, items: Sequence[Any]) -> dict[str, Any]:
+    """Tower inputs from PIL pictures, lists of frames, or waves."""
+    make = {"audio": audio_inputs, "video": video_inputs}.get(modality, image_inputs)
+    return dict(make(processor, list(items)))
+
+
+def layers_in(want: Iterable[str]) -> list[int]:
+    """The layer numbers of ``layers[K]`` needs."""
+    return sorted(int(w[7:-1]) for w in want if w.startswith("layers["))
+
+
+def ready_features(inputs: dict[str, Any]) -> Features:
+    """Features from cached ``tokens`` and/or ``pooled`` (with ``mask``, ``grid``, ``num_prefix``)."""
+    tokens, pooled = inputs.get("tokens"), inputs.get("pooled")
+    tokens = pooled[:, None] if tokens is None and pooled is not None else tokens
+    assert tokens is not None
+    mask = inputs.get("mask")
+    mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if mask is None else mask.bool()
+    if pooled is None:
+        weight = mask[..., None].to(tokens.dtype)
+        pooled = (tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
+    grid = inputs.get("grid")
+    grid = tuple(grid) if grid is not None else None
+    return Features(tokens.float(), mask, pooled.float(), grid, inputs.get("num_prefix", 0))

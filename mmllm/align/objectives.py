@@ -3,66 +3,132 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmllm.blocks.contrast import sigmoid_contrast, symmetric_infonce
-from mmllm.contracts import AlignBatch, Objective
+import mmllm.align.scorers  # noqa: F401  (registers the core scorers)
+from mmllm.blocks.tiled_contrast import contrast, tiled_sigmoid
+from mmllm.blocks.tiles import diagonal
+from mmllm.contracts import AlignBatch, Objective, Scorer
 from mmllm.errors import UserError
-from mmllm.registry import register
-
-
-def label_positives(labels: list[str] | None) -> Tensor | None:
-    """[B, B] bool of equal labels, or None when all labels differ (the diagonal alone)."""
-    if labels is None or len(set(labels)) == len(labels):
-        return None
-    number = {name: i for i, name in enumerate(dict.fromkeys(labels))}
-    index = torch.tensor([number[name] for name in labels])
-    return index[:, None] == index[None]
+from mmllm.registry import make, register
 
 
 class PairObjective(Objective):
-    """Base of losses on the similarities of two streams' embeddings.
+    """Base of losses on the similarities of two streams; of items that lack one of them neither row takes part.
+
+    Each item has the mean of the losses of its rows (captions), half for either direction.
 
     Args:
         pair: the two streams.
         same_label: items with the same label count as positives of each other, instead of as negatives.
+        scorer: what says how alike two items are, see ``mmllm.align.scorers``.
     """
 
-    def __init__(self, pair: list[str] | tuple[str, str], same_label: bool = True):
+    gathered = False
+
+    def __init__(self, pair: Sequence[str], same_label: bool = True, scorer: str | dict[str, Any] = "cosine"):
         super().__init__()
         if len(pair) != 2:
             raise UserError(f"pair must name two streams (got {list(pair)})")
         self.pair, self.same_label = tuple(pair), same_label
-        self.needs = frozenset(f"{s}.embedding" for s in pair)
+        self.scorer: Scorer = make("scorer", scorer, "scorer")
+        self.needs = frozenset(f"{s}.{what}" for s in pair for what in self.scorer.needs)
 
     @property
     def pair_name(self) -> str:
         return ":".join(self.pair)
 
-    def similarities(self, batch: AlignBatch) -> tuple[Tensor, Tensor | None]:
-        """Scaled cosine similarities [B, B] and the mask of positives (None: the diagonal)."""
-        a, b = (batch.streams[s].embedding for s in self.pair)
-        assert a is not None and b is not None
-        logits = batch.logit_scale[self.pair_name] * a @ b.T
-        positive = label_positives(batch.labels) if self.same_label else None
-        return logits, None if positive is None else positive.to(logits.device)
+    def loss(self, rows: Any, cols: Any, batch: AlignBatch, *, target_fn: Any, symmetric: bool, **how: Any) -> Tensor:
+        """Loss of each row against all columns, [R]; with ``symmetric`` the mean of both directions.
+
+        Args:
+            target_fn: which pairs belong together, see ``mmllm.blocks.tiled_contrast.contrast``.
+            how: ``score_fn`` and ``ranks``, handed on.
+        """
+        raise NotImplementedError
+
+    def forward(self, batch: AlignBatch) -> dict[str, Tensor]:
+        size = len(batch)
+        (rows, own), (cols, theirs) = (self._rows(batch, s) for s in self.pair)
+        if own is None and theirs is None:
+            return {"loss": self._both(rows, cols, batch, self._targets(batch, None, None))}
+        device = (own if own is not None else theirs).device  # type: ignore[union-attr]
+        everyone = torch.arange(size, device=device)
+        own, theirs = (everyone if o is None else o for o in (own, theirs))
+        paired = torch.isin(everyone, own) & torch.isin(everyone, theirs)
+        (rows, own), (cols, theirs) = (_kept(x, o, paired[o]) for x, o in ((rows, own), (cols, theirs)))
+        if not paired.any():
+            return {"loss": batch.logit_scale[self.pair_name] * everyone.float() * 0.0, "valid": paired}
+        forth = self._one(rows, cols, batch, self._targets(batch, own, theirs))
+        back = self._one(cols, rows, batch, self._targets(batch, theirs, own), turned=True)
+        loss = 0.5 * (_item_means(forth, own, size) + _item_means(back, theirs, size))
+        return {"loss": loss, "valid": paired}
+
+    def _rows(self, batch: AlignBatch, name: str) -> tuple[Any, Tensor | None]:
+        return self.scorer.rows(batch.streams[name]), batch.streams[name].owner
+
+    def _both(self, rows: Any, cols: Any, batch: AlignBatch, targets: Any) -> Tensor:
+        if self.scorer.symmetric:
+            return self._one(rows, cols, batch, targets, symmetric=True)
+        return 0.5 * (self._one(rows, cols, batch, targets) + self._one(cols, rows, batch, targets))
+
+    def _one(
+        self, rows: Any, cols: Any, batch: AlignBatch, targets: Any, symmetric: bool = False, turned: bool = False
+    ) -> Tensor:
+        plain = type(self.scorer).score is Scorer.score and isinstance(rows, Tensor)
+        fn = None if plain else self.scorer.score
+        return self.loss(rows, cols, batch, target_fn=targets, symmetric=symmetric, score_fn=fn, ranks=batch.ranks)
+
+    def _targets(self, batch: AlignBatch, own: Tensor | None, theirs: Tensor | None) -> Any:
+        """The pairs of one item, or of one label; of all processes where there are several."""
+        names = batch.label_ids if self.same_label else None
+        if names is None and self.same_label and batch.labels is not None:
+            number = {label: i for i, label in enumerate(dict.fromkeys(batch.labels))}
+            names = torch.tensor([number[label] for label in batch.labels])
+        if own is None or theirs is None:
+            if names is None:
+                return diagonal
+            names = names if batch.ranks is None else batch.ranks.gather(names)
+            return lambda i, j: names[i][:, None] == names[j][None]
+        if names is None:
+            return lambda i, j: own[i][:, None] == theirs[j][None]
+        a, b = names.to(own.device)[own], names.to(own.device)[theirs]
+        return lambda i, j: a[i][:, None] == b[j][None]
+
+
+def _kept(rows: Any, owner: Tensor, keep: Tensor) -> tuple[Any, Tensor]:
+    """The rows (a tensor or a tuple of them) and owners that ``keep`` [N] marks."""
+    return rows[keep] if isinstance(rows, Tensor) else tuple(x[keep] for x in rows), owner[keep]
+
+
+def _item_means(values: Tensor, owner: Tensor, size: int) -> Tensor:
+    """[size]: the mean of the values of each owner, 0 where it has none."""
+    total = values.new_zeros(size).index_add(0, owner, values)
+    return total / torch.bincount(owner, minlength=size).clamp(min=1)
 
 
 @register("objective", "infonce")
 class InfoNCE(PairObjective):
     """Symmetric InfoNCE with a learned temperature (CLIP, arXiv 2103.00020); soft over items of one label."""
 
-    def __init__(self, pair: list[str] | tuple[str, str], same_label: bool = True, label_smoothing: float = 0.0):
-        super().__init__(pair, same_label)
+    def __init__(
+        self,
+        pair: Sequence[str],
+        same_label: bool = True,
+        label_smoothing: float = 0.0,
+        scorer: str | dict[str, Any] = "cosine",
+    ):
+        super().__init__(pair, same_label, scorer)
         self.label_smoothing = label_smoothing
 
-    def forward(self, batch: AlignBatch) -> dict[str, Tensor]:
-        logits, positive = self.similarities(batch)
-        return {"loss": symmetric_infonce(logits, positive, self.label_smoothing)}
+    def loss(self, rows: Any, cols: Any, batch: AlignBatch, **how: Any) -> Tensor:
+        scale = batch.logit_scale[self.pair_name]
+        return contrast(rows, cols, scale=scale, label_smoothing=self.label_smoothing, **how)
 
 
 @register("objective", "siglip")
@@ -71,9 +137,9 @@ class SigLIP(PairObjective):
 
     initial_scale, initial_bias = math.log(10.0), -10.0
 
-    def forward(self, batch: AlignBatch) -> dict[str, Tensor]:
-        logits, positive = self.similarities(batch)
-        return {"loss": sigmoid_contrast(logits + batch.logit_bias[self.pair_name], positive)}
+    def loss(self, rows: Any, cols: Any, batch: AlignBatch, *, symmetric: bool, **how: Any) -> Tensor:
+        name = self.pair_name  # one sum over all pairs, so there is no second direction to a symmetric score
+        return tiled_sigmoid(rows, cols, scale=batch.logit_scale[name], bias=batch.logit_bias[name], **how)
 
 
 @register("objective", "region_align")
@@ -113,13 +179,13 @@ class RegionAlign(Objective):
 
     def targets(self, batch: AlignBatch, count: int, index: dict[str, int]) -> Tensor:
         """Word index of every token, [B, M]; V means background."""
-        features = batch.streams[self.stream].features
-        assert features is not None
+        tokens, grid = batch.streams[self.stream].token_embedding, batch.streams[self.stream].grid
+        assert tokens is not None
         rows = []
-        for i in range(len(features.tokens)):
+        for i in range(len(tokens)):
             boxes = batch.boxes[i] if batch.boxes is not None else None
-            if boxes is not None and features.grid is not None:
-                rows.append(box_targets(boxes, features.grid[1:], index))
+            if boxes is not None and grid is not None:
+                rows.append(box_targets(boxes, grid[1:], index))
             else:
                 rows.append(torch.full((count,), index[batch.labels[i]] if batch.labels else len(index)))
         return torch.stack(rows)

@@ -11,13 +11,13 @@ from mmllm.blocks.augment import jitter_picture, place_cutout
 from mmllm.data.media import load_image, open_image
 from mmllm.errors import UserError
 
-FIELD = {"vision": "image", "audio": "audio", "text": "text"}
+FIELD = {"vision": "image", "audio": "audio", "text": "text", "video": "video"}
 
 
 def medium_of(record: dict[str, Any], modality: str) -> Any:
     """The record's picture or sound, the first of several: a path, bytes or a blob."""
     value = record.get(FIELD[modality])
-    if isinstance(value, list):
+    if isinstance(value, list) and modality != "video":  # a list of pictures is one video, frame by frame
         value = value[0] if value else None
     if value is None:
         raise UserError(f"record has no {FIELD[modality]}", record.get("id"))

@@ -60,10 +60,10 @@ class RegionBox(Objective):
 
     def forward(self, batch: AlignBatch) -> dict[str, Tensor]:
         stream = batch.streams[self.stream]
-        tokens, features = stream.token_embedding, stream.features
-        assert tokens is not None and features is not None and features.grid is not None and batch.boxes is not None
+        tokens, grid = stream.token_embedding, stream.grid
+        assert tokens is not None and grid is not None and batch.boxes is not None
         words = batch.extras["vocabulary"]["embedding"].to(tokens)
-        owner, boxes = self.cells(batch, features.grid[1:], tokens.device)
+        owner, boxes = self.cells(batch, grid[1:], tokens.device)
         on_thing = owner >= 0
         if not on_thing.any():
             return {"loss": tokens.sum() * 0.0}
@@ -83,4 +83,3 @@ class RegionBox(Objective):
             rows.append(torch.where(target < len(things), target + len(boxes), -1))
             boxes += [t["xyxy"] for t in things]
         return torch.stack(rows).to(device), torch.tensor(boxes or [[0.0] * 4], device=device)
-

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from mmllm.errors import unknown
+from mmllm.errors import UserError, unknown
 
 Choice = Literal["random", "first", "round_robin", "all"]
 Caption = tuple[str | None, str]  # language, text
@@ -37,15 +37,18 @@ class CaptionSampler:
 
     Attributes:
         how: ``random`` draws one; ``first`` takes the first; ``round_robin`` goes through an item's captions pass by
-            pass over the data, items with a different start; ``all`` takes every one.
+            pass over the data, items with a different start; ``all`` takes every one, a number that many at random (all
+            where an item has no more).
         items: number of items in the data, the length of a pass.
     """
 
-    how: Choice = "random"
+    how: Choice | int = "random"
     items: int = 1
 
     def __post_init__(self) -> None:
-        if self.how not in get_args(Choice):
+        if isinstance(self.how, int) and self.how < 1:
+            raise UserError(f"captions must be at least 1 (got {self.how})")
+        if not isinstance(self.how, int) and self.how not in get_args(Choice):
             raise unknown("choice of captions", self.how, get_args(Choice))
 
     def pick(
@@ -62,8 +65,10 @@ class CaptionSampler:
         picked, owner = [], []
         for place, item in enumerate(chosen):
             held = captions[item]
-            if self.how == "all":
+            if self.how == "all" or (isinstance(self.how, int) and self.how >= len(held)):
                 which = range(len(held))
+            elif isinstance(self.how, int):
+                which = rng.choice(len(held), self.how, replace=False).tolist()
             elif self.how == "random":
                 which = [int(rng.integers(len(held)))]
             else:

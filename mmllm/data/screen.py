@@ -19,11 +19,15 @@ def usable_records(
     needs: Collection[str] = (),
     text_limit: TextLimit | None = None,
     languages: Sequence[str] | None = None,
+    optional: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """The records that a training source can use.
 
     Left out are broken lines, repeated ids, records that lack a needed field or its file, and records without a text
     that is neither empty nor too long nor in another language; of several texts the good ones remain.
+
+    Args:
+        optional: needed fields that a record may lack as long as it has two of those needed.
 
     Raises:
         UserError: more are rejected than allowed.
@@ -35,8 +39,11 @@ def usable_records(
         total += 1
         problem = item.problem
         if item.record is not None:
-            problem = repeated_id(item, seen) or unusable(item.record, needs)
-        if item.record is not None and problem is None and "text" in needs:
+            has = [f for f in needs if f not in optional or has_field(item.record, f)]
+            problem = repeated_id(item, seen) or unusable(item.record, has)
+            if problem is None and optional and len(has) < min(2, len(needs)):
+                problem = f"has only {' and '.join(has) or 'none'} of {', '.join(sorted(needs))}"
+        if item.record is not None and problem is None and "text" in has:
             item.record, problem = with_usable_texts(item.record, text_limit, languages)
         if item.record is not None and problem is None:
             good.append(item.record)
@@ -45,6 +52,11 @@ def usable_records(
     rejected.expect(source, total)
     rejected.check(source)
     return good
+
+
+def has_field(record: dict[str, Any], field: str) -> bool:
+    """Whether a record has something in a field; a label stands in for a text."""
+    return bool(captions_of(record) if field == "text" else record.get(field))
 
 
 def unusable(record: dict[str, Any], needs: Collection[str]) -> str | None:

@@ -6,7 +6,6 @@ new item out; fields that are missing are left alone. Log-mel features have thei
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -16,8 +15,8 @@ from PIL import Image
 
 from mmllm.blocks.augment import jitter_picture
 from mmllm.contracts import Transform
-from mmllm.errors import UserError, unknown
-from mmllm.registry import get, register
+from mmllm.errors import UserError
+from mmllm.registry import make, register
 
 Item = dict[str, Any]
 
@@ -28,18 +27,7 @@ def build_transforms(specs: Sequence[str | dict[str, Any]], where: object = "tra
     Raises:
         UserError: unknown name or option.
     """
-    made: list[Transform] = []
-    for spec in specs:
-        options = {"type": spec} if isinstance(spec, str) else dict(spec)
-        name = str(options.pop("type", ""))
-        cls = get("transform", name, where)
-        valid = list(inspect.signature(cls).parameters)
-        for key in options:
-            if key not in valid:
-                raise unknown("option", key, valid, f"transform '{name}'")
-        made.append(cls(**options))
-        made[-1].name = name
-    return Chain(made)
+    return Chain([make("transform", spec, where) for spec in specs])
 
 
 class Chain(Transform):

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mmllm.align.config import (
-    Data,
-    PhaseConfig,
-    SourceConfig,
-    check_streams,
-)
+from mmllm.align.config import Data, PhaseConfig, SourceConfig, StreamConfig
 from mmllm.config import load_config
 from mmllm.errors import UserError, unknown
 from mmllm.train.align_config import AlignConfig
+from mmllm.train.align_model import make_model
 
 
 class AlignStage:
@@ -40,7 +35,7 @@ class AlignStage:
         self.config, self.run = config, run
         self.folder = Path(resolve_dataset(config.dataset))
         self.offline = offline
-        self.model = self._make_model()
+        self.model = make_model(config, offline)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = feature_dtype(config.features.dtype, self.device)
         plan = loader_plan(self.device.type, available_cores(), local_processes())
@@ -61,47 +56,6 @@ class AlignStage:
 
         if is_main():
             print(text, flush=True)
-
-    # ---- model ----
-
-    def _make_model(self) -> Any:
-        from mmllm.align.model import AlignModel, ProjectionHead
-        from mmllm.connectors import build_connector
-
-        towers: dict[str, Any] = {}
-        for name, stream in self.config.streams.items():
-            if stream.tower is None:
-                continue
-            towers[name] = load_stream_tower(self.config, name, self.offline)
-            if stream.image_size and hasattr(towers[name], "image_size"):
-                towers[name].image_size = stream.image_size
-        tower_of = {n: s.tower_of or n for n, s in self.config.streams.items()}
-        dim = self.config.embedding_dim
-        heads, connectors = {}, {}
-        for name, stream in self.config.streams.items():
-            width = towers[tower_of[name]].hidden_size
-            if stream.head is not None:
-                heads[name] = ProjectionHead(towers[tower_of[name]].pooled_size, dim, stream.head)
-            if stream.connector is not None:
-                out_dim = towers[self.config.words].hidden_size if self.config.words else dim
-                spec = {"in_dim": width, "out_dim": out_dim, **stream.connector}
-                grid = getattr(towers[tower_of[name]], "grid", None)
-                if spec.get("positions") and not spec.get("grid") and grid is not None:
-                    spec["grid"] = list(grid[1:])
-                connectors[name] = build_connector(spec)
-        model = AlignModel(towers, tower_of, heads, connectors, self._pairs(), dim)
-        model.image_size = {n: s.image_size for n, s in self.config.streams.items() if s.image_size}
-        return model.eval()
-
-    def _pairs(self) -> list[tuple[str, str]]:
-        found = []
-        for phase in self.config.phases.values():
-            for objective in phase.objectives:
-                pair = objective.options.get("pair")
-                if pair is not None and tuple(pair) not in found:
-                    check_streams(self.config.streams, list(pair), f"phase '{phase.name}', objective")
-                    found.append(tuple(pair))
-        return found
 
     # ---- phases ----
 
@@ -125,46 +79,13 @@ class AlignStage:
             out.append(item.record)
         return out
 
-    def objectives(self, phase: PhaseConfig) -> tuple[list[Any], list[Any]]:
-        """The phase's objectives and their terms.
-
-        Raises:
-            UserError: unknown objective or option.
-        """
-        import mmllm.align.objectives
-        import mmllm.align.region_box  # noqa: F401  (both register the core objectives)
-        from mmllm.align.step import Term
-        from mmllm.registry import get
-
-        made, terms = [], []
-        for spec in phase.objectives:
-            cls = get("objective", spec.type, f"phase '{phase.name}'")
-            valid = list(inspect.signature(cls).parameters)
-            options = dict(spec.options)
-            for key in options:
-                if key not in valid:
-                    raise unknown("option", key, valid, f"objective '{spec.type}'")
-            if "dim" in valid and "dim" not in options:
-                if self.config.words is None:
-                    do = "name the stream of the LLM's word embeddings"
-                    raise UserError(f"objective '{spec.type}' needs 'words'", f"phase '{phase.name}'", do)
-                options["dim"] = self.model.tower(self.config.words).hidden_size
-            try:
-                made.append(cls(**options))
-            except TypeError as e:
-                raise UserError(str(e).split("() ")[-1], f"objective '{spec.type}'") from None
-            name = f"{spec.type}:{':'.join(options['pair'])}" if "pair" in options else spec.type
-            name = f"{name}:{options['stream']}" if "stream" in options else name
-            terms.append(Term(name, spec.weight, tuple(spec.sources or phase.sources)))
-        return made, terms
-
     def vocabulary(self, source: str, records: list[dict[str, Any]], labels: list[str]) -> dict[str, Any]:
         """Names of a source (of its boxes, else of its items) and their word embeddings."""
         import torch
 
         names = sorted({b["text"] for r in records for b in r.get("boxes") or []}) or sorted(set(labels))
         assert self.config.words is not None
-        tower = self.model.tower(self.config.words)
+        tower: Any = self.model.tower(self.config.words)
         with torch.inference_mode():
             table = tower(**tower.encode(names)).pooled.float()
         return {"index": {n: i for i, n in enumerate(names)}, "embedding": table.clone(), "source": source}
@@ -176,11 +97,7 @@ class AlignStage:
             UserError: a part that does not exist, or nothing to train.
         """
         parts = self.model.parts()
-        made = {"embedding": "head", "token_embedding": "connector"}
-        feeds = [
-            (stream, kind) for streams in step.want.values() for stream, kinds in streams.items() for kind in kinds
-        ]
-        used_parts = {f"{s}.{made[k]}" for s, k in feeds} | {f"{self.model.tower_of[s]}.tower" for s, _ in feeds}
+        used_parts = {p for streams in step.want.values() for s, kinds in streams.items() for p in self._uses(s, kinds)}
         wanted: list[str] = []
         for name in phase.trains:
             found = [name] if name in parts else [p for p in parts if p.split(".")[0] == name and p in used_parts]
@@ -198,61 +115,160 @@ class AlignStage:
             if name.endswith(".tower") and not groups[-1][1]:
                 do = f"leave {name} out, or let its tower's 'train' be full, last_n or lora"
                 raise UserError(f"'{name}' is frozen by its own 'train: none'", f"phase '{phase.name}', trains", do)
-        used = {o.pair_name for o in step.objectives if hasattr(o, "pair_name")}
+        used = {p for o in step.objectives for p in pair_names(o) if p in self.model.logit_scale}
         scales = [self.model.logit_scale[p] for p in sorted(used)]
-        scales += [self.model.logit_bias[o.pair_name] for o in step.objectives if hasattr(o, "initial_bias")]
+        biased = {p for o in step.objectives if hasattr(o, "initial_bias") for p in pair_names(o)}
+        scales += [self.model.logit_bias[p] for p in sorted(biased)]
         groups.append(("logit_scale", scales, None))
         for i, o in enumerate(step.objectives):
-            groups.append((step.terms[i].name, list(o.parameters()), base * o.lr_multiplier))
+            own = [p for p in o.parameters() if p.requires_grad]
+            groups.append((step.terms[i].name, own, base * o.lr_multiplier))
         self.model.active = set(wanted)
         return [g for g in groups if g[1]]
+
+    def _uses(self, stream: str, kinds: set[str]) -> set[str]:
+        """The parts of the model that make these kinds of a stream."""
+        base = self.model.base(stream)
+        found = {f"{self.model.tower_of[base]}.tower"}
+        for kind, part in (("embedding", "head"), ("token_embedding", "connector")):
+            if kind in kinds:
+                found.add(f"{self.model.owner(stream, part)}.{part}")
+        return found
+
+    def reset(self, phase: PhaseConfig) -> None:
+        """Fresh weights for the parts that the phase does not take over from the last one.
+
+        Raises:
+            UserError: a part that does not exist, or a tower, whose weights have a source of their own.
+        """
+        from mmllm.train.align_model import make_connector, make_head
+
+        for part in phase.reset:
+            name, _, kind = part.rpartition(".")
+            held = self.model.parts()
+            where = f"phase '{phase.name}', reset"
+            if kind == "tower":
+                do = "say in its stream where its weights come from"
+                raise UserError("a tower cannot be reset", where, do)
+            if part not in held:
+                raise unknown("part", part, [p for p in held if not p.endswith(".tower")], where)
+            stream = self.config.streams[name]
+            owner = self.model.tower_of[self.model.base(name)]
+            if (stream.head if kind == "head" else stream.connector) is None:
+                raise UserError(f"'{part}' comes from init and cannot be made anew", where)
+            if kind == "head":
+                self.model.heads[name] = make_head(self.model.towers[owner], self.model.embedding_dim, stream)
+            else:
+                towers = dict(self.model.towers.items())
+                dim = self.model.embedding_dim
+                self.model.connectors[name] = make_connector(self.config, towers, owner, dim, stream)
+
+    def check_phases(self) -> None:
+        """Makes every phase's objectives once, so that mistakes in any of them show before data are read.
+
+        Raises:
+            UserError: see ``phase_parts``.
+        """
+        import torch
+
+        from mmllm.train.align_objectives import phase_parts
+
+        with torch.random.fork_rng(devices=[]):
+            for phase in self.config.phases.values():
+                phase_parts(self.config, phase, self.model)
 
     def train_phase(self, number: int, phase: PhaseConfig) -> dict[str, Any]:
         """Trains one phase; returns the trainer's summary."""
         import torch
 
-        from mmllm.align.step import AlignStep, needed
+        from mmllm.align.bank import EpochHook
+        from mmllm.align.step import AlignStep
+        from mmllm.contracts import Objective
+        from mmllm.registry import make
+        from mmllm.train.align_objectives import phase_parts
+        from mmllm.train.launch import world_size
         from mmllm.train.params import set_trainable
         from mmllm.train.trainer import MMTrainer
 
         torch.manual_seed(self.config.train.seed + 1000 * number)
-        objectives, terms = self.objectives(phase)
-        want = needed(objectives, terms, {s: c.streams for s, c in phase.sources.items()})
-        for objective in objectives:  # fresh temperature and bias where the loss has its own start (SigLIP)
-            if hasattr(objective, "initial_bias"):
-                with torch.no_grad():
-                    self.model.logit_scale[objective.pair_name].fill_(objective.initial_scale)
-                    self.model.logit_bias[objective.pair_name].fill_(objective.initial_bias)
-        step = AlignStep(self.model, objectives, terms, want)
+        self.reset(phase)
+        parts = phase_parts(self.config, phase, self.model)
+        self._own_start(parts.objectives)
+        step = AlignStep(self.model, parts.objectives, parts.terms, parts.want, chunk=phase.chunk_size)
         groups = self.groups(phase, step)
-        training = {s for s in self.config.streams if f"{self.model.tower_of[s]}.tower" in self.model.active}
-        size = int(phase.train.get("per_device_train_batch_size", self.config.train.per_device_train_batch_size))
-        contrasts = {s for o, t in zip(objectives, terms) if hasattr(o, "pair") for s in t.sources}
-        needs_words = {s for o, t in zip(objectives, terms) if "vocabulary" in o.needs for s in t.sources}
-        sources = {}
-        for i, (name, spec) in enumerate(phase.sources.items()):
-            sources[name] = self._source(name, spec, want[name], training, number * 16 + i, size, name in contrasts)
-            if name in needs_words:
-                held = self.vocabulary(name, sources[name].records, sources[name].labels)
-                step.vocabularies[name] = held
-                for stream, kinds in want[name].items():
-                    if "token_embedding" in kinds:
-                        self.vocabularies[stream] = held
-                        self.vocabulary_names[stream] = list(held["index"])
+        step.teachers.update(self._teachers(parts))
+        sources = self._sources(number, phase, parts, step)
+        section = {"bf16": self.train_dtype == torch.bfloat16, **phase.train}
+        accumulation = int(section.get("gradient_accumulation_steps", self.config.train.gradient_accumulation_steps))
 
         def batch_fn(n: int, rank: int, world: int) -> dict[str, Any]:
-            return {"sources": {k: s.batch(n, rank, world) for k, s in sources.items()}}
+            made = {k: s.batch(n, rank, world) for k, s in sources.items()}
+            return {"sources": made, "step": n // accumulation}
 
+        hooks = [make("step_hook", spec, f"phase '{phase.name}', hooks") for spec in phase.hooks]
+        step.hooks.extend(h for h in hooks if isinstance(h, torch.nn.Module))
+        if any(type(o).on_epoch is not Objective.on_epoch for o in parts.objectives):
+            hooks.insert(0, EpochHook(step, sources, world_size() * accumulation))
         items = max(len(s.records) for s in sources.values())
         trainer = MMTrainer(
             step, batch_fn, set_trainable(step, groups), self.config.train, self.run, phase=phase.name, items=items,
-            **{"bf16": self.train_dtype == torch.bfloat16, **phase.train},
+            hooks=hooks, also_save=("teachers.",), **section,
         )  # fmt: skip
+        step.total_steps = trainer.args.max_steps
         summary = trainer.fit()
         step.to(self.device)
         self.model.active = set()
         self.model.requires_grad_(False).eval()
         return summary
+
+    def _teachers(self, parts: Any) -> dict[str, Any]:
+        """A teacher for each stream that asks for one, with copies of what trains of it."""
+        from mmllm.blocks.ema import Teacher
+
+        made = {}
+        for name, spec in parts.derived.items():
+            if spec.ema is not None:
+                want = set().union(*(streams.get(name, set()) for streams in parts.want.values()))
+                base = self.model.base(name)
+                names = {"tower": self.model.tower_of[base]}
+                names |= {k: self.model.owner(name, k) for k in self.model.modules_of(name, want) if k != "tower"}
+                trained = {
+                    k: m for k, m in self.model.modules_of(name, want).items() if f"{names[k]}.{k}" in self.model.active
+                }
+                made[name] = Teacher(trained, spec.ema.momentum, spec.ema.end)
+        return made
+
+    def _own_start(self, objectives: list[Any]) -> None:
+        """Temperature and bias where a loss has its own start (SigLIP), unless the initial model has brought them."""
+        import torch
+
+        for objective in objectives:
+            if hasattr(objective, "initial_bias") and objective.pair_name not in getattr(self.model, "from_init", ()):
+                with torch.no_grad():
+                    self.model.logit_scale[objective.pair_name].fill_(objective.initial_scale)
+                    self.model.logit_bias[objective.pair_name].fill_(objective.initial_bias)
+
+    def _sources(self, number: int, phase: PhaseConfig, parts: Any, step: Any) -> dict[str, Any]:
+        """The phase's sources, with vocabularies where an objective needs words."""
+        training = {s for s in self.config.streams if s in self.model.tower_of and
+                    f"{self.model.tower_of[s]}.tower" in self.model.active}  # fmt: skip
+        size = int(phase.train.get("per_device_train_batch_size", self.config.train.per_device_train_batch_size))
+        looked_at = [(o, s) for o, t in zip(parts.objectives, parts.terms) for s in t.sources]
+        contrasts = {s for o, s in looked_at if hasattr(o, "pair") or hasattr(o, "pairs")}
+        needs_words = {s for o, s in looked_at if "vocabulary" in o.needs}
+        sources = {}
+        for i, (name, spec) in enumerate(phase.sources.items()):
+            sources[name] = self._source(
+                name, spec, parts.want[name], training, number * 16 + i, size, name in contrasts, parts.derived
+            )
+            if name in needs_words:
+                held = self.vocabulary(name, sources[name].records, sources[name].labels)
+                step.vocabularies[name] = held
+                for stream, kinds in parts.want[name].items():
+                    if "token_embedding" in kinds:
+                        self.vocabularies[stream] = held
+                        self.vocabulary_names[stream] = list(held["index"])
+        return sources
 
     def _source(
         self,
@@ -263,17 +279,23 @@ class AlignStage:
         number: int,
         size: int,
         contrasts: bool,
+        derived: dict[str, StreamConfig] | None = None,
     ) -> Any:
+        from mmllm.align.reading import FIELD
         from mmllm.align.source import AlignSource, source_needs
+        from mmllm.data.recipes import apply_recipes
         from mmllm.data.screen import usable_records
 
         needs, limit = source_needs(spec, self.model, self.config.data.long_text)
-        records = usable_records(self.located(spec.data), name, self.rejected, needs, limit, spec.languages)
+        made = apply_recipes(self.located(spec.data), spec.recipes, f"source '{name}', recipes")
+        optional = {FIELD[self.model.tower(s).modality] for s in spec.optional}
+        records = usable_records(made, name, self.rejected, needs, limit, spec.languages, optional)
         self.notice(f"source '{name}': {len(records):,} records")
         began = time.monotonic()
         source = AlignSource(
             name, spec, records, self.model, want, training, self.frozen, self.config.train.seed, number, size,
             progress=Counter(name), contrasts=contrasts, rejected=self.rejected, workers=self.workers,
+            derived=derived, uncached={s for s, c in (self.config.streams | (derived or {})).items() if not c.cache},
         )  # fmt: skip
         if count := self.rejected.count(name):
             self.notice(f"source '{name}': {count:,} items left out, listed in {self.rejected.path}")
@@ -282,15 +304,10 @@ class AlignStage:
         return source
 
 
-def load_stream_tower(config: AlignConfig, name: str, offline: bool = False) -> Any:
-    """The tower of a stream that has one of its own."""
-    from mmllm.data.models import resolve_model
-    from mmllm.towers import load_tower
-
-    stream = config.streams[name]
-    spec = {"model": stream.tower} if isinstance(stream.tower, str) else dict(stream.tower or {})
-    spec["model"] = resolve_model(str(spec.get("model", "")), offline=offline)
-    return load_tower(spec, stream.modality)
+def pair_names(objective: Any) -> list[str]:
+    """The pairs whose ``logit_scale`` an objective uses."""
+    one = [objective.pair_name] if hasattr(objective, "pair_name") else []
+    return one + list(getattr(objective, "pair_names", ()))
 
 
 class Counter:
@@ -337,6 +354,7 @@ def align(config: AlignConfig, out: Path, resume: bool = False) -> Path:
         return out
     with run.begun():
         stage = AlignStage(config, run)
+        stage.check_phases()
         for number, phase in enumerate(config.phases.values()):
             stage.train_phase(number, phase)
     if not is_main():

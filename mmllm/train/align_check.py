@@ -27,7 +27,7 @@ def check_config(path: str | Path, overrides: Sequence[str] = (), limit: int | N
     from mmllm.align.source import tightest_limit
     from mmllm.data.check import check_file
     from mmllm.data.open import DataSpec, as_spec
-    from mmllm.train.align import load_stream_tower
+    from mmllm.train.align_model import load_stream_tower
 
     config = load_config(path, list(overrides), AlignConfig)
     folder = Path(resolve_dataset(config.dataset))
@@ -39,7 +39,7 @@ def check_config(path: str | Path, overrides: Sequence[str] = (), limit: int | N
             _, fields, texts = found.setdefault(spec.model_dump_json(), (spec, set(), set()))
             for name in streams:
                 stream = config.streams[name]
-                fields.add(FIELD[stream.modality])
+                fields.add(FIELD[str(stream.modality)])
                 texts |= {stream.tower_of or name} if stream.modality == "text" else set()
     records, problems = 0, []
     for spec, fields, texts in found.values():

@@ -12,10 +12,11 @@ from mmllm.align.config import (
     MeasureConfig,
     PhaseConfig,
     StreamConfig,
+    check_derived,
     check_streams,
 )
 from mmllm.config import StrictModel
-from mmllm.errors import unknown
+from mmllm.errors import UserError, unknown
 from mmllm.train.section import TrainSection
 
 
@@ -23,11 +24,15 @@ class AlignConfig(StrictModel):
     """``mmllm align``'s config; ``dataset`` is ``starter:full``, ``starter:fast`` or a folder.
 
     Attributes:
+        init: an aligned model to begin with: the folder of an align run, a CLIP, SigLIP or CLAP model (folder or hub
+            id) or an open_clip checkpoint (``{"model", "config", "tokenizer"}``). Streams of its names need no tower,
+            and take its heads unless they define one.
         dtype: of matrix products in training (autocast); auto measures which is faster here.
         words: the stream of the LLM's word embeddings, which ``region_align`` aims at and connectors lead to.
     """
 
     dataset: str = "."
+    init: str | dict[str, Any] | None = None
     embedding_dim: int = Field(default=256, ge=1)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     streams: dict[str, StreamConfig]
@@ -55,6 +60,11 @@ class AlignConfig(StrictModel):
         for name, stream in self.streams.items():
             if stream.tower_of is not None:
                 check_streams(self.streams, [stream.tower_of], f"streams.{name}.tower_of")
+            if stream.of is not None:
+                check_streams(self.streams, [stream.of], f"streams.{name}.of")
+                check_derived(name, stream, self.streams[stream.of])
+            elif stream.tower is None and stream.tower_of is None and self.init is None:
+                raise UserError("a stream needs 'tower', 'tower_of' or 'of'", f"streams.{name}")
         if self.words is not None:
             check_streams(self.streams, [self.words], "words")
         for phase in self.phases.values():

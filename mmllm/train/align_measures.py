@@ -78,7 +78,7 @@ def augment_of(stage: AlignStage, stream: str) -> str:
     found: list[SourceConfig] = [
         s for p in stage.config.phases.values() for s in p.sources.values() if stream in s.streams
     ]
-    return "cutout" if any(s.augment == "cutout" for s in found) else "none"
+    return "cutout" if any(s.augment_of("vision") == "cutout" for s in found) else "none"
 
 
 @torch.no_grad()

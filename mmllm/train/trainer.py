@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from mmllm.contracts import Objective, StepHook
+from mmllm.contracts import StepHook
 from mmllm.data.loader import loader_plan
 from mmllm.errors import UserError
 from mmllm.train.batches import BatchFn, StepBatches
@@ -97,8 +97,10 @@ class MMTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         # The model gives a mean; we scale it by num_items ourselves, so the Trainer only divides by accumulation.
         self.model_accepts_loss_kwargs = False
-        self.objectives = [m for m in model.modules() if isinstance(m, Objective)]
-        if self.hooks or self.objectives:
+        self.followers: list[Any] = [m for m in model.modules() if hasattr(m, "after_step")]
+        for hook in self.hooks:
+            hook.groups = {g.name: g.params for g in self.groups}
+        if self.hooks or self.followers:
             self.add_callback(_StepCallback(self))
 
     # ---- the run ----
@@ -217,9 +219,9 @@ class MMTrainer(Trainer):
         for hook in self.hooks:
             hook.before_forward(self.model, inputs, step)
         outputs = model(**inputs) if self.unpack_batch else model(inputs)
-        loss = outputs["loss"].mean() if outputs["loss"].ndim else outputs["loss"]
         for hook in self.hooks:
             hook.after_loss(self.model, inputs, outputs, step)
+        loss = outputs["loss"].mean() if outputs["loss"].ndim else outputs["loss"]
         for name, value in outputs.items():
             if name != "loss" and isinstance(value, Tensor) and value.ndim == 0:
                 held = self._terms.get(name)
@@ -347,7 +349,7 @@ class MMTrainer(Trainer):
 
 
 class _StepCallback(TrainerCallback):
-    """Calls StepHooks before, and objectives after, each optimizer step."""
+    """Calls StepHooks before, and whatever has an ``after_step`` after, each optimizer step."""
 
     def __init__(self, trainer: MMTrainer):
         self.trainer = trainer
@@ -358,5 +360,5 @@ class _StepCallback(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         with torch.no_grad():
-            for objective in self.trainer.objectives:
-                objective.after_step(self.trainer.model)
+            for module in self.trainer.followers:
+                module.after_step(self.trainer.model)

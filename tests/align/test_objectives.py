@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from mmllm.align.objectives import InfoNCE, RegionAlign, SigLIP, box_targets, centre_cell
-from mmllm.contracts import AlignBatch, Features, Stream
+from mmllm.contracts import AlignBatch, Stream
 
 
 def pair_batch(a, b, scale=1.0, bias=0.0, labels=None):
@@ -112,7 +112,7 @@ def test_later_boxes_lie_on_top_but_every_centre_keeps_its_word():
 
 def region_batch(tokens, words, boxes=None, labels=None, grid=None):
     mask = torch.ones(tokens.shape[:2], dtype=torch.bool)
-    stream = Stream(Features(tokens, mask, tokens.mean(1), grid=grid), token_embedding=tokens, token_mask=mask)
+    stream = Stream(token_embedding=tokens, token_mask=mask, grid=grid)
     index = {name: i for i, name in enumerate("abc")}
     return AlignBatch(
         {"image": stream}, labels=labels, boxes=boxes, extras={"vocabulary": {"index": index, "embedding": words}}

@@ -10,7 +10,7 @@ from mmllm.contracts import AlignBatch, Features, Stream
 def batch_of(tokens: torch.Tensor, boxes: list[list[dict]], words: torch.Tensor) -> AlignBatch:
     n, m, d = tokens.shape
     features = Features(tokens, torch.ones(n, m, dtype=torch.bool), tokens.mean(1), grid=(1, 2, 2))
-    stream = Stream(features, token_embedding=tokens, token_mask=features.mask)
+    stream = Stream(token_embedding=tokens, token_mask=features.mask, grid=features.grid)
     return AlignBatch(
         {"image": stream}, [str(i) for i in range(n)], boxes=boxes, extras={"vocabulary": {"embedding": words}}
     )

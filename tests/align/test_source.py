@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmllm.align.live import LiveMedia
+from mmllm.align.live import LiveItems
 from mmllm.config import parse_config
 from mmllm.data.rejected import Rejected
 from mmllm.errors import UserError
@@ -132,15 +132,15 @@ def test_replacement_in_a_batch_depends_on_its_arguments_alone():
             raise UserError("broken", item)
         return item, seed
 
-    live = LiveMedia(read, range(12), lambda item, e: met.append(item), workers=2)
+    live = LiveItems(read, range(12), lambda item, e: met.append(item), workers=2)
     chosen, items = live.load([0, 1, 2, 3], [7, 8, 9, 10], np.random.default_rng(0))
     assert chosen[1:3] == [1, 2] and [i for i, _ in items] == chosen and [s for _, s in items] == [7, 8, 9, 10]
     assert all(i % 3 for i in chosen) and len(set(chosen)) == 4 and set(met) >= {0, 3}
-    fresh = LiveMedia(read, range(12), lambda item, e: None)
+    fresh = LiveItems(read, range(12), lambda item, e: None)
     for _ in range(2):  # what is known to be unreadable changes nothing
         assert fresh.load([0, 1, 2, 3], [7, 8, 9, 10], np.random.default_rng(0)) == (chosen, items)
     with pytest.raises(UserError, match="no readable item is left"):
-        LiveMedia(read, [0, 3], lambda item, e: None).load([0, 3], [1, 1], np.random.default_rng(0))
+        LiveItems(read, [0, 3], lambda item, e: None).load([0, 3], [1, 1], np.random.default_rng(0))
 
 
 # ---- formats ----
@@ -223,14 +223,15 @@ def test_choices_of_captions(settings, world, tmp_path):
     base = {"data": str(tmp_path / "t.jsonl"), "sampler": "shuffle"}
     both = {"image", "text"}
     batch = source_of(settings, {**base, "captions": "all"}, trains=both).batch(0)
-    assert len(batch["ids"]) == 24 and len(set(batch["ids"])) == 8 and batch["languages"] == ["en", "en", "xx"] * 8
-    pixels = batch["streams"]["image"]["pixel_values"]
-    assert torch.equal(pixels[0], pixels[2]) and not torch.equal(pixels[0], pixels[3])
+    assert len(batch["ids"]) == 8 and batch["languages"] == ["en", "en", "xx"] * 8
+    # A picture is read once, however many texts it has.
+    assert len(batch["streams"]["image"]["pixel_values"]) == 8 and "image" not in batch["owners"]
+    assert batch["owners"]["text"].tolist() == [i // 3 for i in range(24)]
     assert batch["streams"]["text"]["attention_mask"].sum(1).tolist()[:3] == [2, 5, 6]
     frozen = source_of(settings, {**base, "captions": "all"}, trains=set()).batch(0)
-    assert [len(v) for s in frozen["streams"].values() for v in s.values()] == [24, 24]
+    assert [len(s["pooled"]) for s in frozen["streams"].values()] == [8, 24]
     only = source_of(settings, {**base, "captions": "all", "languages": ["en"]}, trains=both).batch(0)
-    assert set(only["languages"]) == {"en"} and len(only["ids"]) == 16
+    assert set(only["languages"]) == {"en"} and len(only["owners"]["text"]) == 16
     first = source_of(settings, {**base, "captions": "first"}, trains=both).batch(0)
     # A batch of two-word texts is two tokens wide.
     assert first["streams"]["text"]["input_ids"].shape == (8, 2)
