@@ -19,7 +19,7 @@ from mmllm.data.blob import media_stamp
 from mmllm.data.features import FeatureCache
 from mmllm.data.media import load_audio
 from mmllm.errors import UserError
-from mmllm.towers import MMLLMAudioFeatureExtractor, audio_inputs, image_inputs, set_image_size
+from mmllm.towers import MMLLMAudioFeatureExtractor, audio_inputs, image_inputs, resized, set_image_size
 
 Progress = Callable[[int, int], None]
 CHUNK = 32  # items read, and written to the cache, together
@@ -117,7 +117,7 @@ class FrozenFeatures:
             which, item = divmod(index, n)
             rng = np.random.default_rng((seed, which, item)) if which else None
             if tower.modality == "vision":
-                return read_picture(records[item], augment, side, rng, draft)
+                return resized(processor, read_picture(records[item], augment, side, rng, draft))
             return load_audio(media[item], processor.sampling_rate)
 
         def one_or_blank(index: int) -> tuple[Any, bool]:
