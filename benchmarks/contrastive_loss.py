@@ -22,13 +22,11 @@ import argparse
 import json
 import logging
 import math
-import statistics
-import time
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-from open_clip_peer import child, enter, peak_extra_mb
+from open_clip_peer import child, clock, enter, figure, peak_extra_mb, publish, turns
 
 enter()
 
@@ -40,7 +38,7 @@ from torch import Tensor, nn  # noqa: E402
 
 from mmllm.blocks.chunks import in_chunks  # noqa: E402
 from mmllm.blocks.tiled_contrast import contrast  # noqa: E402
-from mmllm.report.figures import Figure, print_figures, write_figures  # noqa: E402
+from mmllm.report.figures import Figure, print_figures  # noqa: E402
 from mmllm.towers.tiny import TinyViTTower  # noqa: E402
 from mmllm.train.launch import set_threads  # noqa: E402
 
@@ -177,61 +175,34 @@ def measure_vit(chunks: int) -> dict[str, float]:
     return {"mb": peak_extra_mb(lambda: step(len(pictures)))}
 
 
-def clock(run: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def turns(first: Callable[[], float], second: Callable[[], float], pairs: int) -> list[tuple[float, float]]:
-    """Both in turn, the order changing from pair to pair."""
-    found = []
-    for i in range(pairs):
-        if i % 2:
-            a, b = first(), second()
-        else:
-            b, a = second(), first()
-        found.append((a, b))
-    return found
-
-
-def figure(name: str, measured: list[tuple[float, float]], unit: str, note: str) -> Figure:
-    """Median of ours over theirs with the smallest and largest pair, and what each needed."""
-    ratios = sorted(ours / theirs for theirs, ours in measured)
-    theirs, ours = (statistics.median(x) for x in zip(*measured))
-    value, target, n = statistics.median(ratios), TARGETS[name], len(ratios)
-    return Figure(
-        name, value, "lower", ratios[0], ratios[-1], n, "ratio", target=target,
-        verdict="met" if value <= target else "missed",
-        arms={"theirs": round(theirs, 3), "ours": round(ours, 3), "unit": unit},
-        note=f"{theirs:.3g} -> {ours:.3g} {unit}; {note}",
-    )  # fmt: skip
-
-
 def measure(wanted: set[str], pairs: int, threads: int) -> list[Figure]:
     """The figures of the wanted rows."""
     found = []
+
+    def add(name: str, measured: list[tuple[float, float]], unit: str, note: str) -> None:
+        found.append(figure(name, measured, "lower", TARGETS[name], unit, note))
+
     if wanted & {"tiled_memory_vs_plain", "tiled_time_vs_plain"}:
         runs = [(child(["--measure", "plain"], threads), child(["--measure", "tiled"], threads)) for _ in range(pairs)]
         about = f"batch {BIG:,}, ClipLoss -> ours"
-        found.append(figure("tiled_memory_vs_plain", [(a["mb"], b["mb"]) for a, b in runs], "MiB", about))
-        found.append(figure("tiled_time_vs_plain", [(a["seconds"], b["seconds"]) for a, b in runs], "s", about))
+        add("tiled_memory_vs_plain", [(a["mb"], b["mb"]) for a, b in runs], "MiB", about)
+        add("tiled_time_vs_plain", [(a["seconds"], b["seconds"]) for a, b in runs], "s", about)
     if "tiled_time_vs_plain_1024" in wanted:
         steps = [loss_step(side, SMALL) for side in ("plain", "tiled")]
         for step in steps:
             step()
         # A step takes less than a tenth of a second, so each run is three of them.
         runs = turns(*(lambda step=step: clock(lambda: [step() for _ in range(3)]) / 3 for step in steps), 3 * pairs)
-        found.append(figure("tiled_time_vs_plain_1024", runs, "s", f"batch {SMALL:,}, ClipLoss -> ours"))
+        add("tiled_time_vs_plain_1024", runs, "s", f"batch {SMALL:,}, ClipLoss -> ours")
     if "gradcache_time_vs_open_clip_accum" in wanted:
         note = accumulation_note()
         accumulate, chunks, _, _ = accumulation_steps()
         runs = turns(lambda: clock(accumulate), lambda: clock(chunks), pairs)
-        found.append(figure("gradcache_time_vs_open_clip_accum", runs, "s", note))
+        add("gradcache_time_vs_open_clip_accum", runs, "s", note)
     if "gradcache_vit_memory_16_chunks" in wanted:
         sides = [["--measure", "vit", "--chunks", str(n)] for n in (1, PICTURE_CHUNKS)]
         runs = turns(*(lambda s=s: child(s, threads, **GIVE_BACK)["mb"] for s in sides), pairs)
-        found.append(figure("gradcache_vit_memory_16_chunks", runs, "MiB", "one chunk -> 16 chunks, both ours"))
+        add("gradcache_vit_memory_16_chunks", runs, "MiB", "one chunk -> 16 chunks, both ours")
     return found
 
 
@@ -250,11 +221,8 @@ def main() -> None:
         return
     figures = measure(set(args.only), args.pairs, threads)
     print_figures(figures, f"ours over open_clip 3.3.0, torch {torch.__version__}, {threads} threads")
-    for f in figures:
-        print(f"{f.name}: {f.note}")
-    if args.json:
-        command = "python benchmarks/contrastive_loss.py"
-        write_figures(args.json, command, 0, None, None, figures, torch=torch.__version__, threads=threads)
+    command = "python benchmarks/contrastive_loss.py"
+    publish(args.json, command, figures, torch=torch.__version__, threads=threads)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,20 @@
-"""What the benchmarks against open_clip share: the environment that both sides run in, and peak memory of a process."""
+"""What the benchmarks against open_clip share: the environment of both sides, paired runs, and peak memory."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
 import os
+import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmllm.report.figures import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 OPEN_CLIP = "3.3.0"
@@ -46,6 +51,72 @@ def child(arguments: Sequence[str], threads: int, **env: str) -> dict[str, Any]:
         check=True,
     )
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def clip_tokenizer(folder: Path) -> Any:
+    """CLIP's tokenizer of transformers, from the vocabulary in open_clip's package; saved in ``folder``."""
+    from open_clip.tokenizer import SimpleTokenizer
+    from transformers import CLIPTokenizer
+
+    own = SimpleTokenizer()
+    start, end = own.decoder[own.sot_token_id], own.decoder[own.eot_token_id]
+    merges: Any = list(own.bpe_ranks)  # in the order of their ranks
+    marks = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
+    made = CLIPTokenizer(vocab=dict(own.encoder), merges=merges, **marks)
+    made.save_pretrained(folder)
+    return made
+
+
+def clock(run: Callable[[], Any]) -> float:
+    """Seconds that ``run()`` takes."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def turns(first: Callable[[], float], second: Callable[[], float], pairs: int) -> list[tuple[float, float]]:
+    """Both in turn, the order changing from pair to pair."""
+    found = []
+    for i in range(pairs):
+        if i % 2:
+            a, b = first(), second()
+        else:
+            b, a = second(), first()
+        found.append((a, b))
+    return found
+
+
+def figure(
+    name: str, measured: Sequence[tuple[float, float]], better: str, target: float, unit: str, note: str
+) -> Figure:
+    """Median over pairs of ours over the other's, with the smallest and largest pair, and what each needed.
+
+    Args:
+        measured: (the other's, ours) for each pair.
+        better: "lower" for what costs (seconds, MiB), "higher" for rates.
+    """
+    from mmllm.report.figures import Figure
+
+    ratios = sorted(ours / other for other, ours in measured)
+    value = statistics.median(ratios)
+    other, ours = (statistics.median(x) for x in zip(*measured))
+    return Figure(
+        name, value, better, ratios[0], ratios[-1], len(ratios), "ratio", target=target,
+        verdict="met" if (value <= target if better == "lower" else value >= target) else "missed",
+        arms={"theirs": round(other, 3), "ours": round(ours, 3), "unit": unit},
+        note=f"{other:.3g} -> {ours:.3g} {unit}; {note}",
+    )  # fmt: skip
+
+
+def publish(file: str | None, command: str, figures: Sequence[Figure], **about: Any) -> None:
+    """Writes the figures to ``file``, and the tables of docs/performance.md from the files that it names."""
+    from mmllm.report.figures import write_figures
+
+    for f in figures:
+        print(f"{f.name}: {f.note}")
+    if file:
+        write_figures(file, command, 0, None, None, figures, **about)
+        subprocess.run([sys.executable, "scripts/render_tables.py", "docs/performance.md"], cwd=ROOT, check=True)
 
 
 def peak_extra_mb(run: Callable[[], Any]) -> float:

@@ -23,7 +23,7 @@ with open("pyproject.toml", "rb") as file:
 # The versions that the project is tested with, but for torch, which must be the one that torchvision goes with.
 grep -v '^torch' constraints/cpu.txt > "$LIMITS"
 "$FOLDER/bin/python" -m pip install --quiet -c "$LIMITS" -r "$WANTED" \
-    open_clip_torch==3.3.0 torch==2.14.1 torchvision==0.29.1 webdataset timm pytest hypothesis
+    open_clip_torch==3.3.0 torch==2.14.1 torchvision==0.29.1 "webdataset<=0.2.86" pandas timm pytest hypothesis
 
 # A broken install must show here, not in the middle of a benchmark.
 "$FOLDER/bin/python" -W ignore -c '

@@ -20,7 +20,14 @@ from mmllm.data.features import FeatureCache
 from mmllm.data.media import load_audio
 from mmllm.data.video import load_video
 from mmllm.errors import UserError
-from mmllm.towers import MMLLMAudioFeatureExtractor, audio_inputs, image_inputs, set_image_size, video_inputs
+from mmllm.towers import (
+    MMLLMAudioFeatureExtractor,
+    audio_inputs,
+    image_inputs,
+    resized,
+    set_image_size,
+    video_inputs,
+)
 
 Progress = Callable[[int, int], None]
 CHUNK = 32  # items read, and written to the cache, together
@@ -121,7 +128,7 @@ class FrozenFeatures:
             which, item = divmod(index, n)
             rng = np.random.default_rng((seed, which, item)) if which else None
             if tower.modality == "vision":
-                return read_picture(records[item], augment, side, rng, draft)
+                return resized(processor, read_picture(records[item], augment, side, rng, draft))
             if tower.modality == "video":
                 return load_video(media[item], frames, draft)
             return load_audio(media[item], processor.sampling_rate)

@@ -10,6 +10,7 @@ from mmllm.align.readers import Changed
 from mmllm.align.reading import FIELD, medium_of, open_picture, resized_to, view_picture
 from mmllm.data.media import load_audio
 from mmllm.data.video import load_video
+from mmllm.towers import resized
 
 if TYPE_CHECKING:
     from mmllm.align.source import AlignSource
@@ -58,6 +59,7 @@ class MediaReader:
             medium = item[FIELD[kind]]
             if kind == "vision":
                 medium = view_picture(medium, record, how, self.side(stream), rng if how != "none" else None)
+                medium = resized(self.processor(stream), medium)
             out[stream] = medium
             if stream in source.derived:
                 out[f"{stream}/boxes"] = item["boxes"]

@@ -8,6 +8,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+SHORT_ROW = 1024  # tokens
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention; q, k, v [B, H, N, D], allowed bool, broadcast to [B, H, N, N] -> [B, H, N, D].
+
+    Where gradients are wanted on a CPU, short rows go through plain matrix products: the backward of torch's fused
+    kernel takes two to five times as long there.
+    """
+    if q.device.type != "cpu" or q.shape[2] > SHORT_ROW or not (torch.is_grad_enabled() and q.requires_grad):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+    weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if allowed is not None:
+        weights = weights.masked_fill(~allowed, -torch.inf)
+    return weights.softmax(-1) @ v
+
 
 class SelfAttention(nn.Module):
     """Multi-head attention; parameters are named and shaped as in ``nn.MultiheadAttention``."""
@@ -28,7 +44,7 @@ class SelfAttention(nn.Module):
         batch, count, width = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).view(batch, count, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+        mixed = attend(q, k, v, allowed)
         return self.out_proj(mixed.transpose(1, 2).reshape(batch, count, width))
 
 

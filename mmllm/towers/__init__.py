@@ -7,6 +7,7 @@ from mmllm.towers.preprocessing import (
     audio_inputs,
     image_inputs,
     load_preprocessor,
+    resized,
     set_image_size,
     video_inputs,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "image_inputs",
     "load_preprocessor",
     "load_tower",
+    "resized",
     "save_tower",
     "set_image_size",
     "video_inputs",

@@ -52,17 +52,22 @@ class MMLLMImageProcessor(BaseImageProcessor):
         self.image_mean, self.image_std = [float(m) for m in image_mean], [float(s) for s in image_std]
         self.resample = resample
 
+    def resized(self, image: Any, image_size: int | None = None) -> Image.Image:
+        """One picture as PIL RGB of the final size: the part of ``preprocess`` that threads may do ahead of it."""
+        side, rgb = image_size or self.image_size, to_rgb(image)
+        return rgb if rgb.size == (side, side) else rgb.resize((side, side), RESAMPLE[self.resample])
+
     def preprocess(
         self, images: Any, return_tensors: str | None = None, image_size: int | None = None, **_: Any
     ) -> BatchFeature:
         """One picture or a list of them -> ``pixel_values`` [B, 3, S, S] float32."""
         side = image_size or self.image_size
         batch = images if isinstance(images, (list, tuple)) else [images]
-        mean, std = (np.asarray(v, np.float32) * 255 for v in (self.image_mean, self.image_std))
+        mean, std = (np.asarray(v, np.float32)[:, None, None] * 255 for v in (self.image_mean, self.image_std))
         out = np.empty((len(batch), 3, side, side), np.float32)
         for i, image in enumerate(batch):
-            rgb = to_rgb(image)
-            if rgb.size != (side, side):
-                rgb = rgb.resize((side, side), RESAMPLE[self.resample])
-            out[i] = ((np.asarray(rgb, np.float32) - mean) / std).transpose(2, 0, 1)
+            # Bytes are moved, and the floats that they become are changed in place.
+            out[i] = np.asarray(self.resized(image, side)).transpose(2, 0, 1)
+            out[i] -= mean
+            out[i] /= std
         return BatchFeature({"pixel_values": out}, tensor_type=return_tensors)

@@ -86,6 +86,14 @@ def timm_processor(config: Any) -> MMLLMImageProcessor:
     )
 
 
+def resized(processor: Any, image: Any) -> Any:
+    """A picture as far as a thread can bring it before its batch is made; ``image_inputs`` gives the same for both.
+
+    Our own processors resize it; for others it stays as it is.
+    """
+    return processor.resized(image) if isinstance(processor, MMLLMImageProcessor) else image
+
+
 def image_inputs(processor: Any, images: Sequence[Any]) -> dict[str, Tensor]:
     """Pictures (PIL) -> {"pixel_values": [B, 3, H, W]}, or the padded patches of a NaFlex processor with their mask."""
     out = processor(images=list(images), return_tensors="pt")

@@ -15,8 +15,10 @@ from PIL import Image
 
 from mmllm.align.live import LiveItems
 from mmllm.config import parse_config
+from mmllm.data.media import load_image
 from mmllm.data.rejected import Rejected
 from mmllm.errors import UserError
+from mmllm.towers import image_inputs
 from mmllm.train.align import AlignConfig, AlignStage, align
 from mmllm.train.align_check import check_config
 from mmllm.train.run import RunFolder
@@ -328,3 +330,13 @@ def test_no_picture_is_decoded_smaller_than_its_processor_resizes_to():
     clip = CLIPImageProcessor(size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224})
     assert resized_to(clip, 224) == 256
     assert resized_to(Siglip2ImageProcessor(), 224) is None
+
+
+def test_live_pictures_leave_their_thread_at_the_size_of_the_tower(settings, world):
+    source = source_of(settings, {"sampler": "shuffle", "augment": "none"})
+    item = source.media.read(0, None)
+    processor = source.media.processor("image")
+    assert item["image"].size == (processor.image_size,) * 2
+    expected = image_inputs(processor, [load_image(source.records[0]["image"])])
+    made = source.collate([0], None)["streams"]["image"]["pixel_values"]
+    assert torch.equal(made, expected["pixel_values"])

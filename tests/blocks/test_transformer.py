@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmllm.blocks.transformer import Encoder
+from mmllm.blocks.transformer import Encoder, attend
 
 
 def torchs(width, heads, layers):
@@ -44,6 +44,25 @@ def test_what_is_masked_changes_nothing_and_taps_are_the_states():
     torch.testing.assert_close(taps[1], encoder.layers[0](x, (mask | ~mask.any(-1, keepdim=True))[:, None, None]))
     with pytest.raises(ValueError, match="layer 4"):
         encoder(x, mask, (4,))
+
+
+@pytest.mark.parametrize("allowed", [None, "padding", "causal"])
+def test_attention_with_gradients_is_torchs_own_and_so_are_its_gradients(allowed):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    masks = {
+        "padding": (torch.arange(5)[None] < torch.tensor([[5], [2]]))[:, None, None],
+        "causal": torch.ones(5, 5).tril().bool(),
+    }
+    mask, weight = masks.get(allowed), torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    mine, theirs = attend(q, k, v, mask), F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    torch.testing.assert_close(mine, theirs)
+    for a, b in zip(
+        torch.autograd.grad((mine * weight).sum(), (q, k, v)), torch.autograd.grad((theirs * weight).sum(), (q, k, v))
+    ):
+        torch.testing.assert_close(a, b)
+    with torch.no_grad():
+        torch.testing.assert_close(attend(q, k, v, mask), mine)
 
 
 def test_width_must_fit_the_heads():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmllm.towers import MMLLMAudioFeatureExtractor, MMLLMImageProcessor
+from mmllm.towers import MMLLMAudioFeatureExtractor, MMLLMImageProcessor, image_inputs, resized
 from mmllm.towers.audio_features import mel_filters
 
 
@@ -23,6 +23,19 @@ def test_transparency_goes_on_white():
     clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
     x = MMLLMImageProcessor(image_size=8)(clear, return_tensors="np")["pixel_values"]
     np.testing.assert_allclose(x, 1.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+def test_pixels_are_the_formula_whether_the_picture_was_resized_before_or_not(mode):
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (20, 30, 4), dtype=np.uint8), "RGBA").convert(mode)
+    mean, std = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
+    processor = MMLLMImageProcessor(image_size=8, image_mean=mean, image_std=std, resample="bicubic")
+    ready = resized(processor, picture)
+    assert ready.mode == "RGB" and ready.size == (8, 8)
+    x = image_inputs(processor, [picture, ready])["pixel_values"].numpy()
+    expected = (np.asarray(ready) / 255.0 - mean) / std
+    np.testing.assert_allclose(x, np.stack([expected.transpose(2, 0, 1)] * 2), atol=1e-5)
 
 
 def test_log_mel_ignores_level_and_surrounding_silence():
