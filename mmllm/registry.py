@@ -85,7 +85,8 @@ def make(kind: str, spec: str | dict[str, Any], where: object | None = None) -> 
     options = {"type": spec} if isinstance(spec, str) else dict(spec)
     name = str(options.pop("type", ""))
     cls = get(kind, name, where)
-    valid = list(inspect.signature(cls).parameters)
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    valid = [n for n, p in inspect.signature(cls).parameters.items() if p.kind in named]
     for key in options:
         if key not in valid:
             raise unknown("option", key, valid, f"{kind.replace('_', ' ')} '{name}'")

@@ -66,7 +66,7 @@ class StreamConfig(StrictModel):
         connector: config of a token-level head (see ``build_connector``); ``in_dim`` and ``out_dim`` may be left out.
         image_size: side that pictures are resized to, where a tower allows several.
         transforms: of a derived stream, in place of its source's: another crop, another loudness.
-        input_transforms: of its tower's inputs, such as ``{"type": "mask_tokens", "p": 0.15}``.
+        input_transforms: of a derived stream's tower inputs, such as ``{"type": "mask_tokens", "p": 0.15}``.
         ema: a teacher's copy of tower, head and connector reads it, without gradient.
         captions: of a derived text stream, in place of its source's.
         cache: False runs the frozen tower on every batch, instead of keeping its features.
@@ -98,7 +98,7 @@ class StreamConfig(StrictModel):
         if len(given) > 1:
             raise UserError(f"a stream has either {' or '.join(map(repr, given))}")
         if self.of is None:
-            for name in ("transforms", "ema", "captions"):
+            for name in ("transforms", "input_transforms", "ema", "captions"):
                 if getattr(self, name):
                     do = "name its stream by 'of', or give the source's transforms and captions"
                     raise UserError(f"'{name}' is for a stream that is derived from another", do=do)

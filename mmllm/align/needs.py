@@ -61,7 +61,10 @@ def check_need(objective: str, stream: str, what: str, model: AlignModel, derive
     tower = model.tower(stream)
     where = f"objective '{objective}'"
     if what in ("embedding", "token_embedding"):
-        model.owner(stream, "head" if what == "embedding" else "connector")
+        try:
+            model.owner(stream, "head" if what == "embedding" else "connector")
+        except UserError as e:
+            raise UserError(f"it needs '{stream}.{what}', and {e.what}", where, e.do) from None
         return
     if what in tower.gives or (re.fullmatch(r"layers\[-?\d+\]", what) and "layers" in tower.gives):
         return

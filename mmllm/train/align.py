@@ -137,27 +137,37 @@ class AlignStage:
                 found.add(f"{self.model.owner(stream, part)}.{part}")
         return found
 
-    def reset(self, phase: PhaseConfig) -> None:
-        """Fresh weights for the parts that the phase does not take over from the last one.
+    def check_reset(self, phase: PhaseConfig) -> None:
+        """Checks that the parts in ``reset`` can be made anew.
 
         Raises:
             UserError: a part that does not exist, or a tower, whose weights have a source of their own.
         """
-        from mmllm.train.align_model import make_connector, make_head
-
+        held = self.model.parts()
+        where = f"phase '{phase.name}', reset"
         for part in phase.reset:
             name, _, kind = part.rpartition(".")
-            held = self.model.parts()
-            where = f"phase '{phase.name}', reset"
             if kind == "tower":
                 do = "say in its stream where its weights come from"
                 raise UserError("a tower cannot be reset", where, do)
             if part not in held:
                 raise unknown("part", part, [p for p in held if not p.endswith(".tower")], where)
+            if getattr(self.config.streams[name], kind) is None:
+                raise UserError(f"'{part}' comes from init and cannot be made anew", where)
+
+    def reset(self, phase: PhaseConfig) -> None:
+        """Fresh weights for the parts that the phase does not take over from the last one.
+
+        Raises:
+            UserError: see ``check_reset``.
+        """
+        from mmllm.train.align_model import make_connector, make_head
+
+        self.check_reset(phase)
+        for part in phase.reset:
+            name, _, kind = part.rpartition(".")
             stream = self.config.streams[name]
             owner = self.model.tower_of[self.model.base(name)]
-            if (stream.head if kind == "head" else stream.connector) is None:
-                raise UserError(f"'{part}' comes from init and cannot be made anew", where)
             if kind == "head":
                 self.model.heads[name] = make_head(self.model.towers[owner], self.model.embedding_dim, stream)
             else:
@@ -166,18 +176,33 @@ class AlignStage:
                 self.model.connectors[name] = make_connector(self.config, towers, owner, dim, stream)
 
     def check_phases(self) -> None:
-        """Makes every phase's objectives once, so that mistakes in any of them show before data are read.
+        """Makes every phase's objectives and hooks once, so that mistakes in any of them show before data are read.
 
         Raises:
-            UserError: see ``phase_parts``.
+            UserError: see ``phase_parts``, ``check_reset`` and ``groups``; an unknown hook or option.
         """
         import torch
 
+        from mmllm.align.step import AlignStep
         from mmllm.train.align_objectives import phase_parts
 
         with torch.random.fork_rng(devices=[]):
             for phase in self.config.phases.values():
-                phase_parts(self.config, phase, self.model)
+                self.check_reset(phase)
+                parts = phase_parts(self.config, phase, self.model)
+                self.groups(phase, AlignStep(self.model, parts.objectives, parts.terms, parts.want))
+                self.hooks(phase)
+        self.model.active = set()
+
+    def hooks(self, phase: PhaseConfig) -> list[Any]:
+        """The phase's step hooks.
+
+        Raises:
+            UserError: unknown hook or option.
+        """
+        from mmllm.registry import make
+
+        return [make("step_hook", spec, f"phase '{phase.name}', hooks") for spec in phase.hooks]
 
     def train_phase(self, number: int, phase: PhaseConfig) -> dict[str, Any]:
         """Trains one phase; returns the trainer's summary."""
@@ -186,7 +211,6 @@ class AlignStage:
         from mmllm.align.bank import EpochHook
         from mmllm.align.step import AlignStep
         from mmllm.contracts import Objective
-        from mmllm.registry import make
         from mmllm.train.align_objectives import phase_parts
         from mmllm.train.launch import world_size
         from mmllm.train.params import set_trainable
@@ -207,7 +231,7 @@ class AlignStage:
             made = {k: s.batch(n, rank, world) for k, s in sources.items()}
             return {"sources": made, "step": n // accumulation}
 
-        hooks = [make("step_hook", spec, f"phase '{phase.name}', hooks") for spec in phase.hooks]
+        hooks = self.hooks(phase)
         step.hooks.extend(h for h in hooks if isinstance(h, torch.nn.Module))
         if any(type(o).on_epoch is not Objective.on_epoch for o in parts.objectives):
             hooks.insert(0, EpochHook(step, sources, world_size() * accumulation))
