@@ -34,12 +34,15 @@ def register(kind: str, name: str) -> Callable[[T], T]:
     return add
 
 
-def load_methods() -> None:
-    """Imports the library of methods, once."""
+def load_methods(kind: str) -> None:
+    """Imports the library of methods, once, if it may have something of this kind (decoders are not in it)."""
     global _methods_loaded
-    if not _methods_loaded:
+    if _methods_loaded:
+        return
+    library = importlib.import_module(LIBRARY)
+    if kind in library.KINDS:
         _methods_loaded = True
-        importlib.import_module(LIBRARY).load_methods()
+        library.load_methods()
 
 
 def load_plugins() -> None:
@@ -67,7 +70,7 @@ def get(kind: str, name: str, where: object | None = None) -> Any:
         UserError: no such name; the message gives the nearest valid one.
     """
     if name not in _REGISTRY.get(kind, {}):
-        load_methods()
+        load_methods(kind)
     if name not in _REGISTRY.get(kind, {}):
         load_plugins()
     try:
@@ -101,6 +104,6 @@ def make(kind: str, spec: str | dict[str, Any], where: object | None = None) -> 
 
 def names(kind: str) -> list[str]:
     """All names of one kind, sorted, plugins included."""
-    load_methods()
+    load_methods(kind)
     load_plugins()
     return sorted(_REGISTRY.get(kind, {}))

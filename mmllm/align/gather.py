@@ -25,7 +25,7 @@ def gather_batch(batch: AlignBatch, ranks: Ranks, streams: Iterable[str]) -> Ali
         return batch
     sizes = _counts(len(batch), ranks, batch)
     starts = [sum(sizes[:r]) for r in range(ranks.size)]
-    found = {name: _stream(batch.streams[name], ranks, starts) for name in streams}
+    found = {name: _stream(batch.streams[name], ranks, starts) for name in sorted(streams)}  # alike everywhere
     texts = {k: getattr(batch, k) for k in ("ids", "labels", "groups", "languages", "boxes")}
     own = {k: v for k, v in batch.extras.items() if isinstance(v, list)}
     parts: list[Any] = [None] * ranks.size

@@ -19,7 +19,18 @@ import yaml
 from mmllm.errors import UserError, unknown
 
 FOLDER = Path(__file__).parent
-KINDS = ("objective", "head", "batch_sampler", "transform", "data_recipe", "step_hook", "scorer", "connector", "recipe")
+KINDS = (
+    "objective",
+    "head",
+    "batch_sampler",
+    "transform",
+    "input_transform",
+    "data_recipe",
+    "step_hook",
+    "scorer",
+    "connector",
+    "recipe",
+)
 ARXIV = re.compile(r"^(?P<title>.+?) \(arXiv (?P<arxiv>\d{4}\.\d{4,5})\)\.?$")
 
 

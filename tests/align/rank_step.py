@@ -1,0 +1,75 @@
+"""Run by each process of test_two_ranks.py: its part of a batch through an AlignStep, and the averaged gradients."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import torch.distributed as dist
+
+from mmllm.align.config import HeadConfig
+from mmllm.align.model import AlignModel, ProjectionHead
+from mmllm.align.objectives import InfoNCE, SigLIP
+from mmllm.align.source import stable_id
+from mmllm.align.step import AlignStep, Term
+from mmllm.blocks.ranks import Ranks
+from mmllm.contracts import Objective, Tower
+
+ITEMS, LABELS = 8, "aabcdeff"
+
+
+class Pairwise(Objective):
+    """Looks at all items at once, over token features of all lengths: only the gathered batch gives the right loss."""
+
+    needs = frozenset({"image.embedding", "image.tokens"})
+
+    def forward(self, batch):
+        stream = batch.streams["image"]
+        spread = (stream.embedding @ stream.embedding.T).square().mean(1)
+        return {"loss": spread + stream.features.tokens.square().mean((1, 2)) * len(batch)}
+
+
+class Nothing(Tower):
+    """Features come ready."""
+
+    modality, hidden_size = "vision", 6
+
+
+def found(ranks: Ranks, ragged: bool) -> dict[str, torch.Tensor]:
+    """Loss (mean over processes) and gradients (averaged) of one step on the process's share of the items."""
+    torch.manual_seed(0)
+    towers = {"image": Nothing(), "text": Nothing()}
+    heads = {n: ProjectionHead(6, 4, HeadConfig(hidden_dim=8)) for n in towers}
+    pairs = [("image", "text")]
+    model = AlignModel(towers, {n: n for n in towers}, heads, {}, pairs, 4)
+    objectives = [InfoNCE(["image", "text"]), SigLIP(["image", "text"]), Pairwise()]
+    terms = [Term(n, w, ("s",)) for n, w in (("infonce", 1.0), ("siglip", 0.3), ("pairwise", 0.5))]
+    want = {"s": {"image": {"embedding", "tokens"}, "text": {"embedding"}}}
+    step = AlignStep(model, objectives, terms, want)
+    images, texts = torch.randn(ITEMS, 3, 6), torch.randn(ITEMS, 3, 6)
+    mine = list(range(ranks.rank, ITEMS, ranks.size))
+    text, owners = texts[mine, 0], {}
+    if ragged:  # item k has one to three captions, and the last none
+        rows = [(p, k % 3 + 1) for p, k in enumerate(mine) if k != ITEMS - 1]
+        text = torch.cat([texts[mine[p], :n] for p, n in rows])
+        owners = {"text": torch.tensor([p for p, n in rows for _ in range(n)])}
+    labels = [LABELS[k] for k in mine]
+    batch = {
+        "streams": {"image": {"tokens": images[mine]}, "text": {"pooled": text}},
+        "owners": owners, "ragged": ragged, "ids": [str(k) for k in mine], "labels": labels, "boxes": None,
+        "label_ids": torch.tensor([stable_id(x) for x in labels]), "items": torch.tensor(mine),
+    }  # fmt: skip
+    out = step({"sources": {"s": batch}, "step": 0})
+    out["loss"].backward()
+    ranks.average_gradients(step.parameters())
+    loss = out["loss"].detach().clone()
+    ranks.sum(loss)
+    return {"loss": loss / ranks.size} | {n: p.grad for n, p in step.named_parameters() if p.grad is not None}
+
+
+if __name__ == "__main__":
+    rank, size, store, file = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    torch.save([found(Ranks(), ragged) for ragged in (False, True)], file)
+    dist.destroy_process_group()
