@@ -48,7 +48,7 @@ class AlignModel(nn.Module):
         image_size: stream -> side of its pictures.
         max_logit_scale: what ``scale`` never exceeds; None: no limit (SigLIP's released scales are above 100).
         of: derived stream -> the stream whose tower, head and connector it goes through.
-        from_init: pairs whose temperature an initial model has brought.
+        started: pairs whose temperature an initial model or an earlier phase has set.
         active: parts such as ``image.head`` that train; everything else stays in eval mode, dropout and
             BatchNorm included.
     """
@@ -68,7 +68,7 @@ class AlignModel(nn.Module):
         self.tower_of, self.embedding_dim = dict(tower_of), embedding_dim
         self.image_size: dict[str, int] = {}
         self.of: dict[str, str] = {}
-        self.from_init: set[str] = set()
+        self.started: set[str] = set()
         names = [":".join(p) for p in pairs]
         # CLIP's start 1 / 0.07 for softmax; SigLIP's bias is set by the objective that uses it.
         self.logit_scale = nn.ParameterDict({n: nn.Parameter(torch.tensor(math.log(1 / 0.07))) for n in names})

@@ -265,14 +265,15 @@ class AlignStage:
         return made
 
     def _own_start(self, objectives: list[Any]) -> None:
-        """Temperature and bias where a loss has its own start (SigLIP), unless the initial model has brought them."""
+        """Temperature and bias where a loss has its own start (SigLIP), the first time that a pair is trained."""
         import torch
 
         for objective in objectives:
-            if hasattr(objective, "initial_bias") and objective.pair_name not in getattr(self.model, "from_init", ()):
+            if hasattr(objective, "initial_bias") and objective.pair_name not in self.model.started:
                 with torch.no_grad():
                     self.model.logit_scale[objective.pair_name].fill_(objective.initial_scale)
                     self.model.logit_bias[objective.pair_name].fill_(objective.initial_bias)
+            self.model.started |= set(pair_names(objective))
 
     def _sources(self, number: int, phase: PhaseConfig, parts: Any, step: Any) -> dict[str, Any]:
         """The phase's sources, with vocabularies where an objective needs words."""

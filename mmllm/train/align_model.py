@@ -138,9 +138,9 @@ def _take_scales(model: Any, init: Any) -> None:
     """Temperatures and biases of the initial model's pairs, and its limit where one of them is beyond ours."""
     import torch
 
-    model.from_init = {p for p in model.logit_scale if p in init.logit_scale}
+    model.started = {p for p in model.logit_scale if p in init.logit_scale}
     with torch.no_grad():
-        for pair in model.from_init:
+        for pair in model.started:
             model.logit_scale[pair].copy_(init.logit_scale[pair])
             model.logit_bias[pair].copy_(init.logit_bias[pair])
             if float(init.scale(pair)) > (model.max_logit_scale or float("inf")):
