@@ -44,7 +44,13 @@ class FeatureQueue(nn.Module):
 
     @torch.no_grad()
     def push(self, rows: Tensor, numbers: Tensor | None = None, ranks: Ranks | None = None) -> None:
-        """Adds rows [n, dim]; with ``ranks`` those of all processes, so that every process has the same queue."""
+        """Adds rows [n, dim]; with ``ranks`` those of all processes, so that every process has the same queue.
+
+        Raises:
+            ValueError: a queue with ``names`` is given rows without numbers.
+        """
+        if len(self.numbers) and numbers is None:
+            raise ValueError("this queue keeps a number with each row, and none were given")
         if ranks is not None:
             rows = ranks.gather(rows.detach())
             numbers = ranks.gather(numbers) if numbers is not None else None
