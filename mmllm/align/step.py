@@ -148,6 +148,7 @@ class AlignStep(nn.Module):
                 seen = self._for(objective, ready[source], ranks, bool(batch["sources"][source].get("ragged")))
                 result = objective(seen)
                 tag = term.name if len(term.sources) == 1 else f"{term.name}/{source}"
+                tag = tag if tag not in out else f"{tag}/{source}"
                 loss = self._mean(tag, result, out["each"])
                 losses.append(weight * loss)
                 out[tag] = loss.detach()
