@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -224,7 +224,7 @@ class PhaseConfig(StrictModel):
     trains: list[str]
     reset: list[str] = Field(default_factory=list)
     learning_rates: dict[str, float] = Field(default_factory=dict)
-    chunk_size: int | Literal["auto"] | None = None
+    chunk_size: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
     hooks: list[str | dict[str, Any]] = Field(default_factory=list)
     train: dict[str, Any] = Field(default_factory=dict)
 
