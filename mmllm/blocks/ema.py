@@ -24,6 +24,7 @@ class Teacher(nn.Module):
         self.copies = nn.ModuleDict({k: copy.deepcopy(m) for k, m in modules.items()}).requires_grad_(False)
         self.momentum, self.end = momentum, end
         self._followed = list(modules.values())  # a list keeps them out of this module's own parameters
+        self.eval()
 
     def train(self, mode: bool = True) -> Teacher:
         """A teacher is always in eval mode: its dropout is off, its BatchNorm keeps what it has."""
