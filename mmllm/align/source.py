@@ -356,7 +356,7 @@ class AlignSource:
             else:
                 owner = [p for p, item in enumerate(chosen) if self.present[stream][item]]
                 given = [loaded[p][stream] for p in owner] if reader.live else []
-            if owner != list(range(len(chosen))):
+            if self.ragged or owner != list(range(len(chosen))):  # processes must agree on who has owners
                 owners[stream] = torch.tensor(owner, dtype=torch.long)
             streams[stream] = reader.inputs([chosen[p] for p in owner], given, rng(3 + k)) if owner else {}
         boxes = [i["boxes"] for i in loaded] if loaded else [self.records[i].get("boxes") for i in chosen]

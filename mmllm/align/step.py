@@ -125,7 +125,8 @@ class AlignStep(nn.Module):
         device = self.chunk_sizes.device
         out = Stream()
         if "embedding" in self.want[source][name]:
-            out.embedding = torch.zeros(0, self.model.embedding_dim, device=device)
+            # With a gradient, so that all processes take part in the backward of what is gathered.
+            out.embedding = torch.zeros(0, self.model.embedding_dim, device=device, requires_grad=True)
         if "token_embedding" in self.want[source][name]:
             out.token_embedding = torch.zeros(0, 1, self.model.embedding_dim, device=device)
             out.token_mask = torch.zeros(0, 1, dtype=torch.bool, device=device)
