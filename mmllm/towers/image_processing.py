@@ -52,10 +52,15 @@ class MMLLMImageProcessor(BaseImageProcessor):
         self.image_mean, self.image_std = [float(m) for m in image_mean], [float(s) for s in image_std]
         self.resample = resample
 
-    def resized(self, image: Any, image_size: int | None = None) -> Image.Image:
-        """One picture as PIL RGB of the final size: the part of ``preprocess`` that threads may do ahead of it."""
-        side, rgb = image_size or self.image_size, to_rgb(image)
-        return rgb if rgb.size == (side, side) else rgb.resize((side, side), RESAMPLE[self.resample])
+    def resized(self, image: Any, image_size: int | None = None) -> np.ndarray:
+        """One picture as uint8 [3, S, S], which ``preprocess`` takes like any other: the part that needs no batch."""
+        side = image_size or self.image_size
+        if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape == (3, side, side):
+            return image
+        rgb = to_rgb(image)
+        if rgb.size != (side, side):
+            rgb = rgb.resize((side, side), RESAMPLE[self.resample])
+        return np.ascontiguousarray(np.asarray(rgb).transpose(2, 0, 1))
 
     def preprocess(
         self, images: Any, return_tensors: str | None = None, image_size: int | None = None, **_: Any
@@ -66,8 +71,6 @@ class MMLLMImageProcessor(BaseImageProcessor):
         mean, std = (np.asarray(v, np.float32)[:, None, None] * 255 for v in (self.image_mean, self.image_std))
         out = np.empty((len(batch), 3, side, side), np.float32)
         for i, image in enumerate(batch):
-            # Bytes are moved, and the floats that they become are changed in place.
-            out[i] = np.asarray(self.resized(image, side)).transpose(2, 0, 1)
-            out[i] -= mean
+            np.subtract(self.resized(image, side), mean, out=out[i])
             out[i] /= std
         return BatchFeature({"pixel_values": out}, tensor_type=return_tensors)

@@ -89,7 +89,7 @@ def timm_processor(config: Any) -> MMLLMImageProcessor:
 def resized(processor: Any, image: Any) -> Any:
     """A picture as far as a thread can bring it before its batch is made; ``image_inputs`` gives the same for both.
 
-    Our own processors resize it; for others it stays as it is.
+    Our own processors resize it to uint8 [3, S, S]; for others it stays as it is.
     """
     return processor.resized(image) if isinstance(processor, MMLLMImageProcessor) else image
 

@@ -336,7 +336,7 @@ def test_live_pictures_leave_their_thread_at_the_size_of_the_tower(settings, wor
     source = source_of(settings, {"sampler": "shuffle", "augment": "none"})
     item = source.media.read(0, None)
     processor = source.media.processor("image")
-    assert item["image"].size == (processor.image_size,) * 2
+    assert item["image"].shape == (3, processor.image_size, processor.image_size)
     expected = image_inputs(processor, [load_image(source.records[0]["image"])])
     made = source.collate([0], None)["streams"]["image"]["pixel_values"]
     assert torch.equal(made, expected["pixel_values"])

@@ -8,6 +8,7 @@ from PIL import Image
 
 from mmllm.towers import MMLLMAudioFeatureExtractor, MMLLMImageProcessor, image_inputs, resized
 from mmllm.towers.audio_features import mel_filters
+from mmllm.towers.image_processing import to_rgb
 
 
 def test_pixels_are_normalised_and_whole_picture_is_kept():
@@ -32,9 +33,10 @@ def test_pixels_are_the_formula_whether_the_picture_was_resized_before_or_not(mo
     mean, std = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
     processor = MMLLMImageProcessor(image_size=8, image_mean=mean, image_std=std, resample="bicubic")
     ready = resized(processor, picture)
-    assert ready.mode == "RGB" and ready.size == (8, 8)
+    assert ready.dtype == np.uint8 and ready.shape == (3, 8, 8)
     x = image_inputs(processor, [picture, ready])["pixel_values"].numpy()
-    expected = (np.asarray(ready) / 255.0 - mean) / std
+    squashed = to_rgb(picture).resize((8, 8), Image.Resampling.BICUBIC)
+    expected = (np.asarray(squashed) / 255.0 - mean) / std
     np.testing.assert_allclose(x, np.stack([expected.transpose(2, 0, 1)] * 2), atol=1e-5)
 
 
