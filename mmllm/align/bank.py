@@ -64,7 +64,7 @@ class EpochHook(StepHook):
     that a resumed run neither misses nor repeats one.
     """
 
-    def __init__(self, step: AlignStep, sources: dict[str, Any], items_per_step: int):
+    def __init__(self, sources: dict[str, Any], items_per_step: int):
         self.sources, self.items_per_step = sources, items_per_step
         self._called = -1
 

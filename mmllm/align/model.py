@@ -48,7 +48,7 @@ class AlignModel(nn.Module):
         image_size: stream -> side of its pictures.
         max_logit_scale: what ``scale`` never exceeds; None: no limit (SigLIP's released scales are above 100).
         of: derived stream -> the stream whose tower, head and connector it goes through.
-        started: pairs whose temperature an initial model or an earlier phase has set.
+        started: pairs whose bias an initial model or an earlier phase with the sigmoid loss has set.
         active: parts such as ``image.head`` that train; everything else stays in eval mode, dropout and
             BatchNorm included.
     """

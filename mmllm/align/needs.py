@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from mmllm.align.config import StreamConfig
 from mmllm.align.model import AlignModel
@@ -14,7 +13,6 @@ from mmllm.errors import UserError, unknown
 from mmllm.registry import get
 
 Want = dict[str, dict[str, set[str]]]
-OF_STREAM = ("embedding", "token_embedding", "tokens", "pooled", "mask", "grid", "input_ids", "layers[-1]")
 OF_BATCH = ("vocabulary", "boxes", "labels", "groups", "languages")
 
 
@@ -22,21 +20,20 @@ def needed(
     objectives: Sequence[Objective],
     terms: Sequence[Term],
     streams: Mapping[str, Sequence[str]],
-    model: AlignModel | None = None,
-    derived: Mapping[str, StreamConfig] | None = None,
+    model: AlignModel,
+    derived: Mapping[str, StreamConfig],
 ) -> Want:
     """What each source must give: source -> stream -> {"embedding", "tokens", "layers[-2]", ...}.
 
     Args:
         streams: source -> the streams that it feeds; what is derived from them comes by itself.
-        model: whose towers and heads are asked; None: names are all that is checked.
+        model: whose towers and heads are asked.
         derived: the derived streams' configs.
 
     Raises:
         UserError: an objective needs a stream that its source does not feed, or something that the stream's tower,
             heads or transforms do not give; it names both.
     """
-    derived = derived or {}
     want: Want = {s: {} for s in streams}
     for objective, term in zip(objectives, terms):
         for need in sorted(objective.needs):
@@ -50,8 +47,7 @@ def needed(
                 if base not in streams[source]:
                     do = f"add {base} to its streams, or name other 'sources' for the objective"
                     raise UserError(f"objective '{term.name}' needs stream '{stream}'", f"source '{source}'", do)
-                if model is not None:
-                    check_need(term.name, stream, what, model, derived)
+                check_need(term.name, stream, what, model, derived)
                 want[source].setdefault(stream, set()).add(what)
     return want
 
@@ -77,13 +73,5 @@ def check_need(objective: str, stream: str, what: str, model: AlignModel, derive
         return
     kind = type(tower).__name__
     has = ", ".join(sorted({"embedding", "token_embedding", *tower.gives, *extras}))
-    if what in OF_STREAM or what.startswith("layers["):
-        what = f"needs '{stream}.{what}', which the tower of '{stream}' ({kind}) does not give"
-    else:
-        what = f"needs '{stream}.{what}', which neither the tower of '{stream}' ({kind}) nor its transforms give"
-    raise UserError(f"objective '{objective}' {what}", do=f"choose another tower or objective; it has: {has}")
-
-
-def options_of(objective: Any) -> dict[str, StreamConfig]:
-    """The streams that an objective brings along, as configs."""
-    return {name: StreamConfig.model_validate(spec) for name, spec in objective.streams.items()}
+    what = f"it needs '{stream}.{what}', which neither the tower of '{stream}' ({kind}) nor its transforms give"
+    raise UserError(what, where, f"choose another tower or objective; it has: {has}")

@@ -29,8 +29,6 @@ class PairObjective(Objective):
         scorer: what says how alike two items are, see ``mmllm.align.scorers``.
     """
 
-    gathered = False
-
     def __init__(self, pair: Sequence[str], same_label: bool = True, scorer: str | dict[str, Any] = "cosine"):
         super().__init__()
         if len(pair) != 2:
@@ -38,6 +36,8 @@ class PairObjective(Objective):
         self.pair, self.same_label = tuple(pair), same_label
         self.scorer: Scorer = make("scorer", scorer, "scorer")
         self.needs = frozenset(f"{s}.{what}" for s in pair for what in self.scorer.needs)
+        # Tokens are as many as the longest text of each process, so only gathered (and padded) do they fit together.
+        self.gathered = self.scorer.needs != {"embedding"}
 
     @property
     def pair_name(self) -> str:
@@ -65,7 +65,7 @@ class PairObjective(Objective):
         if not paired.any():
             return {"loss": batch.logit_scale[self.pair_name] * everyone.float() * 0.0, "valid": paired}
         forth = self._one(rows, cols, batch, self._targets(batch, own, theirs))
-        back = self._one(cols, rows, batch, self._targets(batch, theirs, own), turned=True)
+        back = self._one(cols, rows, batch, self._targets(batch, theirs, own))
         loss = 0.5 * (_item_means(forth, own, size) + _item_means(back, theirs, size))
         return {"loss": loss, "valid": paired}
 
@@ -77,9 +77,7 @@ class PairObjective(Objective):
             return self._one(rows, cols, batch, targets, symmetric=True)
         return 0.5 * (self._one(rows, cols, batch, targets) + self._one(cols, rows, batch, targets))
 
-    def _one(
-        self, rows: Any, cols: Any, batch: AlignBatch, targets: Any, symmetric: bool = False, turned: bool = False
-    ) -> Tensor:
+    def _one(self, rows: Any, cols: Any, batch: AlignBatch, targets: Any, symmetric: bool = False) -> Tensor:
         plain = type(self.scorer).score is Scorer.score and isinstance(rows, Tensor)
         fn = None if plain else self.scorer.score
         return self.loss(rows, cols, batch, target_fn=targets, symmetric=symmetric, score_fn=fn, ranks=batch.ranks)

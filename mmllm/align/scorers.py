@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,20 +37,3 @@ class LateInteraction(Scorer):
         best = alike.amax(-1).nan_to_num(neginf=0.0)
         weight = q_mask.to(best.dtype)[:, None]
         return (best * weight).sum(-1) / weight.sum(-1).clamp(min=1)
-
-
-def score_all(scorer: Scorer, query: Any, gallery: Any, size: int = 1024) -> Tensor:
-    """All scores [Q, G], made in squares of ``size`` (64 for scorers on tokens), so that nothing else grows."""
-    size = size if isinstance(query, Tensor) else min(size, 64)
-
-    def count(x: Any) -> int:
-        return len(x) if isinstance(x, Tensor) else len(x[0])
-
-    def part(x: Any, at: int) -> Any:
-        return x[at : at + size] if isinstance(x, Tensor) else tuple(t[at : at + size] for t in x)
-
-    rows = [
-        torch.cat([scorer.score(part(query, i), part(gallery, j)) for j in range(0, count(gallery), size)], 1)
-        for i in range(0, count(query), size)
-    ]
-    return torch.cat(rows)

@@ -234,7 +234,7 @@ class AlignStage:
         hooks = self.hooks(phase)
         step.hooks.extend(h for h in hooks if isinstance(h, torch.nn.Module))
         if any(type(o).on_epoch is not Objective.on_epoch for o in parts.objectives):
-            hooks.insert(0, EpochHook(step, sources, world_size() * accumulation))
+            hooks.insert(0, EpochHook(sources, world_size() * accumulation))
         items = max(len(s.records) for s in sources.values())
         trainer = MMTrainer(
             step, batch_fn, set_trainable(step, groups), self.config.train, self.run, phase=phase.name, items=items,
@@ -273,7 +273,7 @@ class AlignStage:
                 with torch.no_grad():
                     self.model.logit_scale[objective.pair_name].fill_(objective.initial_scale)
                     self.model.logit_bias[objective.pair_name].fill_(objective.initial_bias)
-            self.model.started |= set(pair_names(objective))
+                self.model.started.add(objective.pair_name)
 
     def _sources(self, number: int, phase: PhaseConfig, parts: Any, step: Any) -> dict[str, Any]:
         """The phase's sources, with vocabularies where an objective needs words."""

@@ -33,13 +33,13 @@ def check_config(path: str | Path, overrides: Sequence[str] = (), limit: int | N
     folder = Path(resolve_dataset(config.dataset))
     towers = {}
     found: dict[str, tuple[DataSpec, set[str], set[str]]] = {}
-    for data, streams in readers(config):
+    for data, needed, streams in readers(config):
         for one in data if isinstance(data, list) else [data]:
             spec = as_spec(one)
             _, fields, texts = found.setdefault(spec.model_dump_json(), (spec, set(), set()))
+            fields |= {FIELD[str(config.streams[name].modality)] for name in needed}
             for name in streams:
                 stream = config.streams[name]
-                fields.add(FIELD[str(stream.modality)])
                 texts |= {stream.tower_of or name} if stream.modality == "text" else set()
     records, problems = 0, []
     for spec, fields, texts in found.values():
@@ -51,14 +51,19 @@ def check_config(path: str | Path, overrides: Sequence[str] = (), limit: int | N
     return records, problems
 
 
-def readers(config: AlignConfig) -> Iterator[tuple[Any, list[str]]]:
-    """(data, streams that need it) of every source, and of every measure whose file is there."""
+def readers(config: AlignConfig) -> Iterator[tuple[Any, list[str], list[str]]]:
+    """(data, streams that each record must have, streams that read it) of every source and measure.
+
+    Of measures only files that are there count. What a recipe makes records out of need not have all streams itself.
+    """
     for phase in config.phases.values():
         for source in phase.sources.values():
-            yield source.data, source.streams
+            needed = [] if source.recipes else [s for s in source.streams if s not in source.optional]
+            yield source.data, needed, source.streams
     folder = Path(resolve_dataset(config.dataset))
     for measure in config.measures.values():
         files = [measure.data] if isinstance(measure.data, str) else measure.data
         # Regions are judged against words of the vocabulary; of pairs a record may lack any half.
         needed = {"regions": measure.streams[:1], "pairs": [], "geometry": []}.get(measure.kind, measure.streams)
-        yield [f for f in files if (folder / f).is_file()], needed
+        needed = [] if measure.recipes else needed
+        yield [f for f in files if (folder / f).is_file()], needed, needed

@@ -138,9 +138,11 @@ def _take_scales(model: Any, init: Any) -> None:
     """Temperatures and biases of the initial model's pairs, and its limit where one of them is beyond ours."""
     import torch
 
-    model.started = {p for p in model.logit_scale if p in init.logit_scale}
+    known = [p for p in model.logit_scale if p in init.logit_scale]
+    # A model of the softmax loss has no bias: for the sigmoid loss its temperature is no start.
+    model.started = {p for p in known if float(init.logit_bias[p].detach())}
     with torch.no_grad():
-        for pair in model.started:
+        for pair in known:
             model.logit_scale[pair].copy_(init.logit_scale[pair])
             model.logit_bias[pair].copy_(init.logit_bias[pair])
             if float(init.scale(pair)) > (model.max_logit_scale or float("inf")):

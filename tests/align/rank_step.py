@@ -13,9 +13,11 @@ from mmllm.align.objectives import InfoNCE, SigLIP
 from mmllm.align.source import stable_id
 from mmllm.align.step import AlignStep, Term
 from mmllm.blocks.ranks import Ranks
+from mmllm.connectors import build_connector
 from mmllm.contracts import Objective, Tower
 
 ITEMS, LABELS = 8, "aabcdeff"
+CASES = ("plain", "ragged", "tokens")
 
 
 class Pairwise(Objective):
@@ -35,29 +37,15 @@ class Nothing(Tower):
     modality, hidden_size = "vision", 6
 
 
-def found(ranks: Ranks, ragged: bool) -> dict[str, torch.Tensor]:
+def found(ranks: Ranks, case: str) -> dict[str, torch.Tensor]:
     """Loss (mean over processes) and gradients (averaged) of one step on the process's share of the items."""
-    torch.manual_seed(0)
-    towers = {"image": Nothing(), "text": Nothing()}
-    heads = {n: ProjectionHead(6, 4, HeadConfig(hidden_dim=8)) for n in towers}
-    pairs = [("image", "text")]
-    model = AlignModel(towers, {n: n for n in towers}, heads, {}, pairs, 4)
-    objectives = [InfoNCE(["image", "text"]), SigLIP(["image", "text"]), Pairwise()]
-    terms = [Term(n, w, ("s",)) for n, w in (("infonce", 1.0), ("siglip", 0.3), ("pairwise", 0.5))]
-    want = {"s": {"image": {"embedding", "tokens"}, "text": {"embedding"}}}
-    step = AlignStep(model, objectives, terms, want)
-    images, texts = torch.randn(ITEMS, 3, 6), torch.randn(ITEMS, 3, 6)
     mine = list(range(ranks.rank, ITEMS, ranks.size))
-    text, owners = texts[mine, 0], {}
-    if ragged:  # item k has one to three captions, and the last none
-        rows = [(p, k % 3 + 1) for p, k in enumerate(mine) if k != ITEMS - 1]
-        text = torch.cat([texts[mine[p], :n] for p, n in rows])
-        owners = {"text": torch.tensor([p for p, n in rows for _ in range(n)])}
+    torch.manual_seed(0)
+    step, streams, owners = tokens(mine) if case == "tokens" else pooled(mine, case == "ragged")
     labels = [LABELS[k] for k in mine]
     batch = {
-        "streams": {"image": {"tokens": images[mine]}, "text": {"pooled": text}},
-        "owners": owners, "ragged": ragged, "ids": [str(k) for k in mine], "labels": labels, "boxes": None,
-        "label_ids": torch.tensor([stable_id(x) for x in labels]), "items": torch.tensor(mine),
+        "streams": streams, "owners": owners, "ragged": bool(owners), "ids": [str(k) for k in mine], "labels": labels,
+        "boxes": None, "label_ids": torch.tensor([stable_id(x) for x in labels]), "items": torch.tensor(mine),
     }  # fmt: skip
     out = step({"sources": {"s": batch}, "step": 0})
     out["loss"].backward()
@@ -67,9 +55,41 @@ def found(ranks: Ranks, ragged: bool) -> dict[str, torch.Tensor]:
     return {"loss": loss / ranks.size} | {n: p.grad for n, p in step.named_parameters() if p.grad is not None}
 
 
+def pooled(mine: list[int], ragged: bool) -> tuple[AlignStep, dict, dict]:
+    """Three objectives on pooled heads; ``ragged``: item k has one to three captions, and the last has none."""
+    towers = {"image": Nothing(), "text": Nothing()}
+    heads = {n: ProjectionHead(6, 4, HeadConfig(hidden_dim=8)) for n in towers}
+    model = AlignModel(towers, {n: n for n in towers}, heads, {}, [("image", "text")], 4)  # type: ignore[arg-type]
+    objectives = [InfoNCE(["image", "text"]), SigLIP(["image", "text"]), Pairwise()]
+    terms = [Term(n, w, ("s",)) for n, w in (("infonce", 1.0), ("siglip", 0.3), ("pairwise", 0.5))]
+    want = {"s": {"image": {"embedding", "tokens"}, "text": {"embedding"}}}
+    images, texts = torch.randn(ITEMS, 3, 6), torch.randn(ITEMS, 3, 6)
+    text, owners = texts[mine, 0], {}
+    if ragged:
+        rows = [(p, k % 3 + 1) for p, k in enumerate(mine) if k != ITEMS - 1]
+        text = torch.cat([texts[mine[p], :n] for p, n in rows])
+        owners = {"text": torch.tensor([p for p, n in rows for _ in range(n)]), "image": torch.arange(len(mine))}
+    step = AlignStep(model, objectives, terms, want)
+    return step, {"image": {"tokens": images[mine]}, "text": {"pooled": text}}, owners
+
+
+def tokens(mine: list[int]) -> tuple[AlignStep, dict, dict]:
+    """Late interaction, with texts that are longer in one process than in the other."""
+    towers = {"image": Nothing(), "text": Nothing()}
+    connectors = {n: build_connector({"type": "linear", "in_dim": 6, "out_dim": 4}) for n in towers}
+    model = AlignModel(towers, {n: n for n in towers}, {}, connectors, [("image", "text")], 4)  # type: ignore[arg-type]
+    objective = InfoNCE(["image", "text"], scorer="late_interaction")
+    want = {"s": {n: {"token_embedding"} for n in towers}}
+    images, texts, lengths = torch.randn(ITEMS, 3, 6), torch.randn(ITEMS, ITEMS, 6), torch.arange(1, ITEMS + 1)
+    longest = int(lengths[mine].max())
+    mask = torch.arange(longest) < lengths[mine][:, None]
+    streams = {"image": {"tokens": images[mine]}, "text": {"tokens": texts[mine, :longest], "mask": mask}}
+    return AlignStep(model, [objective], [Term("infonce", 1.0, ("s",))], want), streams, {}
+
+
 if __name__ == "__main__":
     rank, size, store, file = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    torch.save([found(Ranks(), ragged) for ragged in (False, True)], file)
+    torch.save([found(Ranks(), case) for case in CASES], file)
     dist.destroy_process_group()

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from tower_families import FAMILIES
 
 from mmllm.align import load_align
 from mmllm.config import parse_config
@@ -36,10 +37,28 @@ def test_a_run_begins_with_another(settings, tmp_path):
     assert load_align(second).logit_scale["image:text"] != source.logit_scale["image:text"]
 
 
-def test_a_stream_that_the_initial_model_lacks_is_named(settings, tmp_path):
+def test_a_stream_without_a_tower_is_named(settings, tmp_path):
     settings["streams"]["image"] = {"modality": "vision"}
     with pytest.raises(UserError, match="needs 'tower', 'tower_of' or 'of'"):
         parse_config(copy.deepcopy(settings), AlignConfig)
+    family = FAMILIES["clap"]  # streams audio and text
+    family.write(tmp_path / "clap")
+    with pytest.raises(UserError, match="stream 'image' has no tower; 'audio, text' come from init"):
+        AlignStage(parse_config(settings | {"init": str(tmp_path / "clap")}, AlignConfig))
+
+
+def test_the_sigmoid_loss_has_its_own_start_after_the_softmax_loss(settings, tmp_path):
+    both = settings["phases"]["both"]
+    both["train"]["max_steps"] = 2
+    one, two = copy.deepcopy(both), copy.deepcopy(both)
+    one["objectives"][1]["type"] = "infonce"
+    settings |= {"phases": {"one": one, "two": two}, "measures": {}}
+    config = parse_config(settings, AlignConfig)
+    stage = AlignStage(config, RunFolder.open(tmp_path / "run", "align", config))
+    stage.train_phase(0, config.phases["one"])
+    assert float(stage.model.logit_bias["audio:text"].detach()) == 0.0
+    stage.train_phase(1, config.phases["two"])
+    assert float(stage.model.logit_bias["audio:text"].detach()) == pytest.approx(-10.0, abs=0.1)
 
 
 def test_a_later_phase_keeps_the_temperature_of_the_sigmoid_loss(settings, tmp_path):

@@ -86,7 +86,7 @@ def test_nobody_has_the_pair(cls, own, theirs):
 
 @pytest.fixture
 def lacking(settings, world, tmp_path):
-    """Settings whose things lack a picture (0, 1), text and label (2), or two of the three streams' fields (0)."""
+    """Settings whose things lack a picture (0, 1), or two of the three streams' fields (0)."""
     held = [json.loads(line) for line in (world / "things_train.jsonl").read_text().splitlines()]
     for row in held:
         row["image"] = row["audio"] = str(world / row["image"])
@@ -117,7 +117,7 @@ def test_a_source_with_an_optional_stream(lacking, trains):
     assert row["where"].endswith("t.jsonl:1") and row["why"] == "has only text of audio, image, text"
     batch = source.batch(0)
     place = batch["ids"].index("train-0-1")
-    assert len(batch["ids"]) == 31 and set(batch["owners"]) == {"image"} and batch["ragged"]
+    assert len(batch["ids"]) == 31 and set(batch["owners"]) == {"image", "audio", "text"} and batch["ragged"]
     assert batch["owners"]["image"].tolist() == [p for p in range(31) if p != place]
     name = "pixel_values" if trains else "pooled"
     whole = stage._source("things", config, want, trains, 0, 8, True).collate(batch["items"].tolist(), None)

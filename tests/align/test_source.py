@@ -312,6 +312,26 @@ def test_data_check_of_a_config(settings, broken, tmp_path):
     assert told.exit_code == 2 and f"{records} records, 4 problems" in told.output
 
 
+def test_data_check_asks_of_a_record_what_its_source_does(settings, world, tmp_path):
+    import yaml
+
+    things = settings["phases"]["both"]["sources"]["things"]
+    settings["phases"]["both"]["sources"] = {"things": things}
+    settings["phases"]["both"]["objectives"] = settings["phases"]["both"]["objectives"][:1]
+    settings |= {"phases": {"both": settings["phases"]["both"]}, "measures": {}}
+    both = {"data": ["things_train.jsonl", "sounds_train.jsonl"], "streams": ["image", "audio", "text"]}
+
+    def problems(**more):
+        settings["phases"]["both"]["sources"]["things"] = things | both | more
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+        return check_config(tmp_path / "c.yaml")[1]
+
+    assert len(problems()) == 64 and len(problems(optional=["audio"])) == 32
+    assert problems(optional=["image", "audio"]) == []
+    joined = {"type": "join_by_label", "field": "image", "add": ["audio"]}
+    assert problems(recipes=[joined]) == []
+
+
 def test_rejected_needs_no_file():
     rejected = Rejected()
     rejected.expect("x", 1000)

@@ -14,7 +14,7 @@ from mmllm.blocks.ranks import Ranks
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-from rank_step import found  # noqa: E402
+from rank_step import CASES, found  # noqa: E402
 
 
 def test_two_processes_take_the_step_of_one(tmp_path):
@@ -30,10 +30,11 @@ def test_two_processes_take_the_step_of_one(tmp_path):
     finally:
         for p in processes:
             p.kill()
-    for number, ragged in enumerate((False, True)):
-        alone = found(Ranks(), ragged)
-        assert "model.logit_scale.image:text" in alone and "model.heads.text.1.weight" in alone
+    for number, case in enumerate(CASES):
+        alone = found(Ranks(), case)
+        assert "model.logit_scale.image:text" in alone and any(".text." in name for name in alone)
         for file in files:
             shared = torch.load(file)[number]
+            assert shared.keys() >= alone.keys()  # averaging makes zeros of missing gradients
             for name, value in alone.items():
-                torch.testing.assert_close(shared[name], value, rtol=1e-4, atol=1e-6, msg=f"{ragged}, {name}")
+                torch.testing.assert_close(shared[name], value, rtol=1e-4, atol=1e-6, msg=f"{case}, {name}")
