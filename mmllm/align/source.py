@@ -2,81 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import math
-from collections.abc import Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import mmllm.data.samplers  # noqa: F401  (registers the core samplers)
 from mmllm.align.config import SamplerConfig, SourceConfig, StreamConfig
-from mmllm.align.frozen import FrozenFeatures, Progress, feature_dtype, fingerprint
+from mmllm.align.frozen import FrozenFeatures, Progress
 from mmllm.align.live import LiveItems
+from mmllm.align.make_readers import ReaderMaker
 from mmllm.align.model import AlignModel
-from mmllm.align.readers import CachedMedia, CachedTexts, Changed, HeldSounds, LiveMedia, LiveTexts, Reader
-from mmllm.align.reading import FIELD, medium_of, read_picture
+from mmllm.align.readers import Reader
+from mmllm.align.reading import FIELD
+from mmllm.align.record_keys import key_of, stable_id, texts_of
 from mmllm.align.views import MediaReader
-from mmllm.contracts import BatchSampler, Tower
+from mmllm.contracts import BatchSampler
 from mmllm.data.captions import CaptionSampler, captions_of
-from mmllm.data.check import TextLimit
-from mmllm.data.input_transforms import build_input_transforms
-from mmllm.data.media import load_audio
 from mmllm.data.rejected import Rejected
 from mmllm.data.transforms import Chain, build_transforms
 from mmllm.errors import UserError, unknown
 from mmllm.registry import get
-from mmllm.towers import audio_inputs, set_image_size
-
-__all__ = ["AlignSource", "FrozenFeatures", "feature_dtype", "fingerprint", "read_picture", "source_needs", "texts_of"]
-
-
-def texts_of(record: dict[str, Any]) -> list[str]:
-    """The record's texts, the label where it has none."""
-    return [text for _, text in captions_of(record)]
-
-
-def text_limit(tower: Tower) -> TextLimit | None:
-    """The longest text that a text tower takes; None for one that knows no limit."""
-    longest: int | None = getattr(tower, "max_length", None)
-    if longest is None:
-        return None
-    tokenizer = tower.preprocessor()
-    return TextLimit(longest, lambda text: len(tokenizer(text, verbose=False)["input_ids"]))
-
-
-def source_needs(config: SourceConfig, model: AlignModel, long_text: str = "skip") -> tuple[set[str], TextLimit | None]:
-    """The fields that a source's records must have, and the tightest limit of its text streams (None with ``cut``)."""
-    towers = [model.tower(s) for s in config.streams]
-    texts = [t for t in towers if t.modality == "text" and long_text == "skip"]
-    return {FIELD[t.modality] for t in towers}, tightest_limit(texts)
-
-
-def tightest_limit(towers: Sequence[Tower]) -> TextLimit | None:
-    """The smallest limit of several text towers; None where there is none."""
-    limits = [text_limit(t) for t in towers]
-    return min((x for x in limits if x is not None), key=lambda x: x.limit, default=None)
-
-
-def key_of(record: dict[str, Any], by: str, label: str) -> Any:
-    """What a sampler goes by: label, group, id or ``meta.FIELD`` of a record.
-
-    Raises:
-        UserError: the record does not have it, or there is no such key.
-    """
-    if by == "label":
-        return label
-    name = by.removeprefix("meta.")
-    if by not in ("group", "id") and name == by:
-        raise unknown("sampler key", by, ["label", "group", "id", "meta.FIELD"])
-    value = (record.get("meta") or {}).get(name) if name != by else record.get(by)
-    if value is None:
-        raise UserError(f"record has no {by}, by which batches are made", record.get("id"))
-    return value
 
 
 class AlignSource:
@@ -138,17 +86,17 @@ class AlignSource:
         # Whether any batch may lack rows or have several for an item: a property of the source, the same everywhere.
         self.ragged = bool(config.optional) or any(c == "all" or isinstance(c, int) for c in choices)
         self.media = MediaReader(self)
-        self._check_transforms()
+        maker = ReaderMaker(self)
+        maker.check_transforms()
         self.variants = [captions_of(r) for r in records] if self._has_text() else []
-        bad: dict[int, UserError] = {}
         self.present: dict[str, list[bool]] = {}
         self.readers: dict[str, Reader] = {}
         for stream in self.streams:
             self.present[stream] = self._present(stream)
-            self.readers[stream] = self._reader(stream, bad)
-        for item, error in bad.items():
+            self.readers[stream] = maker.make(stream)
+        for item, error in maker.bad.items():
             self._reject(item, error)
-        self.usable = [i for i in range(len(records)) if i not in bad]
+        self.usable = [i for i in range(len(records)) if i not in maker.bad]
         if not self.usable:
             raise UserError("none of the items can be read", f"source '{name}'", "run mmllm data check on its file")
         self.live = LiveItems(self.media.read, self.usable, self._reject, workers)
@@ -174,112 +122,6 @@ class AlignSource:
         if field == "text":
             return [bool(v) for v in self.variants]
         return [bool(r.get(field)) for r in self.records]
-
-    def _check_transforms(self) -> None:
-        """Raises UserError for a transform of something that no live stream reads, or of cut-outs."""
-        where = f"source '{self.name}'"
-        for stream in self.streams:
-            if self.config.augment_of("vision") == "cutout" and "image" in self.chain(stream).fields:
-                do = "choose augment: none, or leave the picture transforms out"
-                raise UserError("augment: cutout and picture transforms exclude each other", where, do)
-        read = {FIELD[self.modality(s)] for s in self.training}
-        own = [(s, t) for s, view in self.views.items() if view is not self.transforms for t in view.transforms]
-        for stream, transform in [*((None, t) for t in self.transforms.transforms), *own]:
-            fields = read if stream is None else {FIELD[self.modality(stream)]} if stream in self.training else set()
-            if transform.field and transform.field not in fields:
-                what = f"transform '{transform.name}' changes what no tower that trains here reads ({transform.field})"
-                do = "let the tower train, or choose augment and copies: K for a frozen one, or cache: false"
-                raise UserError(what, where if stream is None else f"{where}, stream '{stream}'", do)
-
-    def _reader(self, stream: str, bad: dict[int, UserError]) -> Reader:
-        config = self.derived.get(stream)
-        reader = self._plain_reader(stream, bad)
-        if config is None or not config.input_transforms:
-            return reader
-        changes = build_input_transforms(config.input_transforms, self.model.tower(stream), f"stream '{stream}'")
-        if isinstance(reader, CachedMedia | CachedTexts):
-            do = "let the tower train, or give the stream cache: false"
-            raise UserError("input transforms need a tower that runs on every batch", f"stream '{stream}'", do)
-        return Changed(reader, changes)
-
-    def _plain_reader(self, stream: str, bad: dict[int, UserError]) -> Reader:
-        tower, needs = self.model.tower(stream), self.want.get(stream, {"embedding"})
-        beyond = needs - {"embedding", "token_embedding", "tokens", "pooled", "grid"}
-        live = stream in self.training or any(n.startswith("layers[") for n in beyond)
-        if tower.modality == "text":
-            if live or needs - {"embedding", "pooled"}:
-                return LiveTexts(tower, self.chain(stream))
-            return self._cached_texts(stream, tower)
-        twin = self.readers.get(self.model.base(stream))
-        fields = ["tokens"] if needs & {"token_embedding", "tokens", "grid"} else []
-        fields += ["pooled"] if needs & {"embedding", "pooled"} else []
-        if not live:
-            if isinstance(twin, CachedMedia) and set(fields) <= set(twin.values):
-                return twin  # another draw of the same copies
-            return self._cached_media(stream, tower, fields, bad)
-        if tower.modality == "audio" and "audio" not in self.chain(stream).fields:
-            return twin if isinstance(twin, HeldSounds) else self._held_sounds(stream, tower, bad)
-        processor = tower.preprocessor()
-        if (size := self.image_size[stream]) and tower.modality != "audio":
-            set_image_size(processor, size)
-        return LiveMedia(tower.modality, processor, self.config.augment_of(tower.modality))
-
-    def _rows(self, stream: str) -> tuple[list[int], Tensor]:
-        """Numbers of the items that have a stream, and the row of each item among them."""
-        held = [i for i, here in enumerate(self.present[stream]) if here]
-        row = torch.zeros(len(self.records), dtype=torch.long)
-        row[held] = torch.arange(len(held))
-        return held, row
-
-    def _cached_media(self, stream: str, tower: Tower, fields: list[str], bad: dict[int, UserError]) -> CachedMedia:
-        held, row = self._rows(stream)
-        values = self.frozen(
-            tower, [self.records[i] for i in held], fields, image_size=self.image_size[stream],
-            augment=self.config.augment_of(tower.modality), copies=self.config.copies, frames=self.config.frames,
-            seed=self.seed, name=f"{self.name}-{stream}", progress=self.progress,
-            on_bad=lambda k, error: bad.setdefault(held[k], error),
-        )  # fmt: skip
-        about: dict[str, Any] = {}
-        if tower.modality == "vision" and "tokens" in fields and getattr(tower, "grid", None) is not None:
-            count = values["tokens"].shape[2]
-            side = math.isqrt(count)  # class tokens that a tower keeps stand before the grid
-            about |= {"grid": (1, side, side), "num_prefix": count - side * side}
-        return CachedMedia(values, row, about)
-
-    def _cached_texts(self, stream: str, tower: Tower) -> CachedTexts:
-        unique = sorted({t for v in self.variants for _, t in v})
-        with torch.inference_mode():
-            rows = [
-                tower(**tower.encode(unique[i : i + 256])).pooled.float()  # type: ignore[attr-defined]
-                for i in range(0, len(unique), 256)
-            ]
-        return CachedTexts(torch.cat(rows).clone(), {t: i for i, t in enumerate(unique)}, self.config.text_noise)
-
-    def _held_sounds(self, stream: str, tower: Tower, bad: dict[int, UserError]) -> HeldSounds:
-        """Inputs of an audio tower that trains: [N, F, T] kept in half precision."""
-        extractor = tower.preprocessor()
-        held, row = self._rows(stream)
-        rows: dict[str, list[Tensor]] = {}
-
-        def wave(item: int) -> np.ndarray:
-            try:
-                return load_audio(medium_of(self.records[item], "audio"), extractor.sampling_rate)
-            except UserError as e:
-                bad[item] = e
-                return np.zeros(extractor.sampling_rate, np.float32)
-
-        with ThreadPoolExecutor(self.workers) as pool:
-            for i in range(0, len(held), 64):
-                inputs = audio_inputs(extractor, list(pool.map(wave, held[i : i + 64])))
-                inputs["input_features"] = inputs["input_features"].half()
-                inputs["feature_attention_mask"] = inputs["feature_attention_mask"].bool()
-                for name, value in inputs.items():
-                    rows.setdefault(name, []).extend(value)
-                if self.progress is not None:
-                    self.progress(min(i + 64, len(held)), len(held))
-        # Raw waveforms are as long as the longest of their 64; a fixed window leaves nothing to pad.
-        padded = {k: torch.nn.utils.rnn.pad_sequence(v, batch_first=True) for k, v in rows.items()}
-        return HeldSounds(padded, row, self.config.augment_of("audio"))
 
     def _reject(self, item: int, error: UserError) -> None:
         self.rejected.add(self.name, str(self.records[item]["id"]), error.where or self.name, error.what)
@@ -400,8 +242,3 @@ class AlignSource:
             )
             picks[str(how)] = picked, [places[o] for o in owner]
         return picks[str(how)]
-
-
-def stable_id(text: str) -> int:
-    """63 bits that are the same for the same text in every process."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

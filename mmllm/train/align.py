@@ -10,9 +10,10 @@ from typing import Any
 
 from mmllm.align.config import Data, PhaseConfig, SourceConfig, StreamConfig
 from mmllm.config import load_config
-from mmllm.errors import UserError, unknown
+from mmllm.errors import UserError
 from mmllm.train.align_config import AlignConfig
 from mmllm.train.align_model import make_model
+from mmllm.train.align_trains import check_reset, groups, own_start, reset, teachers
 
 
 class AlignStage:
@@ -92,89 +93,6 @@ class AlignStage:
             table = tower(**tower.encode(names)).pooled.float()
         return {"index": {n: i for i, n in enumerate(names)}, "embedding": table.clone(), "source": source}
 
-    def groups(self, phase: PhaseConfig, step: Any) -> list[tuple[str, list[Any], float | None]]:
-        """What trains in a phase, as parameter groups.
-
-        Raises:
-            UserError: a part that does not exist, or nothing to train.
-        """
-        parts = self.model.parts()
-        used_parts = {p for streams in step.want.values() for s, kinds in streams.items() for p in self._uses(s, kinds)}
-        wanted: list[str] = []
-        for name in phase.trains:
-            found = [name] if name in parts else [p for p in parts if p.split(".")[0] == name and p in used_parts]
-            if not found or ("." in name and name not in parts):
-                raise unknown("part", name, parts, f"phase '{phase.name}', trains")
-            wanted += found
-        for name in phase.learning_rates:
-            if name not in parts:
-                raise unknown("part", name, parts, f"phase '{phase.name}', learning_rates")
-        base = float(phase.train.get("learning_rate", self.config.train.learning_rate))
-        groups: list[tuple[str, list[Any], float | None]] = []
-        for name in dict.fromkeys(wanted):
-            may = getattr(parts[name], "trainable", parts[name].parameters)
-            groups.append((name, list(may()), phase.learning_rates.get(name)))
-            if name.endswith(".tower") and not groups[-1][1]:
-                do = f"leave {name} out, or let its tower's 'train' be full, last_n or lora"
-                raise UserError(f"'{name}' is frozen by its own 'train: none'", f"phase '{phase.name}', trains", do)
-        used = {p for o in step.objectives for p in pair_names(o) if p in self.model.logit_scale}
-        scales = [self.model.logit_scale[p] for p in sorted(used)]
-        biased = {p for o in step.objectives if hasattr(o, "initial_bias") for p in pair_names(o)}
-        scales += [self.model.logit_bias[p] for p in sorted(biased)]
-        groups.append(("logit_scale", scales, None))
-        for i, o in enumerate(step.objectives):
-            own = [p for p in o.parameters() if p.requires_grad]
-            groups.append((step.terms[i].name, own, base * o.lr_multiplier))
-        self.model.active = set(wanted)
-        return [g for g in groups if g[1]]
-
-    def _uses(self, stream: str, kinds: set[str]) -> set[str]:
-        """The parts of the model that make these kinds of a stream."""
-        base = self.model.base(stream)
-        found = {f"{self.model.tower_of[base]}.tower"}
-        for kind, part in (("embedding", "head"), ("token_embedding", "connector")):
-            if kind in kinds:
-                found.add(f"{self.model.owner(stream, part)}.{part}")
-        return found
-
-    def check_reset(self, phase: PhaseConfig) -> None:
-        """Checks that the parts in ``reset`` can be made anew.
-
-        Raises:
-            UserError: a part that does not exist, or a tower, whose weights have a source of their own.
-        """
-        held = self.model.parts()
-        where = f"phase '{phase.name}', reset"
-        for part in phase.reset:
-            name, _, kind = part.rpartition(".")
-            if kind == "tower":
-                do = "say in its stream where its weights come from"
-                raise UserError("a tower cannot be reset", where, do)
-            if part not in held:
-                raise unknown("part", part, [p for p in held if not p.endswith(".tower")], where)
-            if getattr(self.config.streams[name], kind) is None:
-                raise UserError(f"'{part}' comes from init and cannot be made anew", where)
-
-    def reset(self, phase: PhaseConfig) -> None:
-        """Fresh weights for the parts that the phase does not take over from the last one.
-
-        Raises:
-            UserError: see ``check_reset``.
-        """
-        from mmllm.train.align_model import make_connector, make_head
-
-        self.check_reset(phase)
-        for part in phase.reset:
-            name, _, kind = part.rpartition(".")
-            stream = self.config.streams[name]
-            owner = self.model.tower_of[self.model.base(name)]
-            if kind == "head":
-                self.model.heads[name] = make_head(self.model.towers[owner], self.model.embedding_dim, stream)
-            else:
-                towers = dict(self.model.towers.items())
-                dim = self.model.embedding_dim
-                self.model.connectors[name] = make_connector(self.config, towers, owner, dim, stream)
-
     def check_phases(self) -> None:
         """Makes every phase's objectives and hooks once, so that mistakes in any of them show before data are read.
 
@@ -188,9 +106,9 @@ class AlignStage:
 
         with torch.random.fork_rng(devices=[]):
             for phase in self.config.phases.values():
-                self.check_reset(phase)
+                check_reset(self.config, self.model, phase)
                 parts = phase_parts(self.config, phase, self.model)
-                self.groups(phase, AlignStep(self.model, parts.objectives, parts.terms, parts.want))
+                groups(self.config, self.model, phase, AlignStep(self.model, parts.objectives, parts.terms, parts.want))
                 self.hooks(phase)
         self.model.active = set()
 
@@ -217,12 +135,12 @@ class AlignStage:
         from mmllm.train.trainer import MMTrainer
 
         torch.manual_seed(self.config.train.seed + 1000 * number)
-        self.reset(phase)
+        reset(self.config, self.model, phase)
         parts = phase_parts(self.config, phase, self.model)
-        self._own_start(parts.objectives)
+        own_start(self.model, parts.objectives)
         step = AlignStep(self.model, parts.objectives, parts.terms, parts.want, chunk=phase.chunk_size)
-        groups = self.groups(phase, step)
-        step.teachers.update(self._teachers(parts))
+        trained = groups(self.config, self.model, phase, step)
+        step.teachers.update(teachers(self.model, parts))
         sources = self._sources(number, phase, parts, step)
         section = {"bf16": self.train_dtype == torch.bfloat16, **phase.train}
         accumulation = int(section.get("gradient_accumulation_steps", self.config.train.gradient_accumulation_steps))
@@ -237,7 +155,7 @@ class AlignStage:
             hooks.insert(0, EpochHook(sources, world_size() * accumulation))
         items = max(len(s.records) for s in sources.values())
         trainer = MMTrainer(
-            step, batch_fn, set_trainable(step, groups), self.config.train, self.run, phase=phase.name, items=items,
+            step, batch_fn, set_trainable(step, trained), self.config.train, self.run, phase=phase.name, items=items,
             hooks=hooks, also_save=("teachers.",), **section,
         )  # fmt: skip
         step.total_steps = trainer.args.max_steps
@@ -246,34 +164,6 @@ class AlignStage:
         self.model.active = set()
         self.model.requires_grad_(False).eval()
         return summary
-
-    def _teachers(self, parts: Any) -> dict[str, Any]:
-        """A teacher for each stream that asks for one, with copies of what trains of it."""
-        from mmllm.blocks.ema import Teacher
-
-        made = {}
-        for name, spec in parts.derived.items():
-            if spec.ema is not None:
-                want = set().union(*(streams.get(name, set()) for streams in parts.want.values()))
-                base = self.model.base(name)
-                names = {"tower": self.model.tower_of[base]}
-                names |= {k: self.model.owner(name, k) for k in self.model.modules_of(name, want) if k != "tower"}
-                trained = {
-                    k: m for k, m in self.model.modules_of(name, want).items() if f"{names[k]}.{k}" in self.model.active
-                }
-                made[name] = Teacher(trained, spec.ema.momentum, spec.ema.end)
-        return made
-
-    def _own_start(self, objectives: list[Any]) -> None:
-        """Temperature and bias where a loss has its own start (SigLIP), the first time that a pair is trained."""
-        import torch
-
-        for objective in objectives:
-            if hasattr(objective, "initial_bias") and objective.pair_name not in self.model.started:
-                with torch.no_grad():
-                    self.model.logit_scale[objective.pair_name].fill_(objective.initial_scale)
-                    self.model.logit_bias[objective.pair_name].fill_(objective.initial_bias)
-                self.model.started.add(objective.pair_name)
 
     def _sources(self, number: int, phase: PhaseConfig, parts: Any, step: Any) -> dict[str, Any]:
         """The phase's sources, with vocabularies where an objective needs words."""
@@ -309,7 +199,8 @@ class AlignStage:
         derived: dict[str, StreamConfig] | None = None,
     ) -> Any:
         from mmllm.align.reading import FIELD
-        from mmllm.align.source import AlignSource, source_needs
+        from mmllm.align.record_keys import source_needs
+        from mmllm.align.source import AlignSource
         from mmllm.data.recipes import apply_recipes
         from mmllm.data.screen import usable_records
 
@@ -329,12 +220,6 @@ class AlignStage:
         if (spent := time.monotonic() - began) > 1:
             self.notice(f"source '{name}': ready after {spent:.0f} s")
         return source
-
-
-def pair_names(objective: Any) -> list[str]:
-    """The pairs whose ``logit_scale`` an objective uses."""
-    one = [objective.pair_name] if hasattr(objective, "pair_name") else []
-    return one + list(getattr(objective, "pair_names", ()))
 
 
 class Counter:

@@ -24,7 +24,7 @@ def check_config(path: str | Path, overrides: Sequence[str] = (), limit: int | N
         UserError: the config, a tower or a data file.
     """
     from mmllm.align.reading import FIELD
-    from mmllm.align.source import tightest_limit
+    from mmllm.align.record_keys import tightest_limit
     from mmllm.data.check import check_file
     from mmllm.data.open import DataSpec, as_spec
     from mmllm.train.align_model import load_stream_tower

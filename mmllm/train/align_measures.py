@@ -13,7 +13,7 @@ from torch import Tensor
 from mmllm.align.config import MeasureConfig, SourceConfig
 from mmllm.align.objectives import centre_cell
 from mmllm.align.reading import FIELD
-from mmllm.align.source import texts_of
+from mmllm.align.record_keys import texts_of
 from mmllm.contracts import Scorer, Stream
 from mmllm.errors import UserError, unknown
 from mmllm.evaluate.geometry import geometry_figures

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from mmllm.align.config import HeadConfig
 from mmllm.align.model import AlignModel, ProjectionHead
 from mmllm.align.objectives import InfoNCE, SigLIP
-from mmllm.align.source import stable_id
+from mmllm.align.record_keys import stable_id
 from mmllm.align.step import AlignStep, Term
 from mmllm.blocks.ranks import Ranks
 from mmllm.connectors import build_connector

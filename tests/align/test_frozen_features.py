@@ -7,7 +7,7 @@ import soundfile
 import torch
 from tower_families import FAMILIES, inputs_of, items
 
-from mmllm.align.source import FrozenFeatures
+from mmllm.align.frozen import FrozenFeatures
 from mmllm.data.features import FeatureCache
 from mmllm.data.media import load_audio
 from mmllm.towers import load_tower

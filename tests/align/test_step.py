@@ -19,6 +19,7 @@ from mmllm.errors import UserError
 from mmllm.registry import register
 from mmllm.train.align import AlignConfig, AlignStage
 from mmllm.train.align_objectives import phase_parts
+from mmllm.train.align_trains import groups
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +33,7 @@ def loss_and_gradients(settings, chunk):
     phase = stage.config.phases["both"]
     parts = phase_parts(stage.config, phase, stage.model)
     step = AlignStep(stage.model, parts.objectives, parts.terms, parts.want, chunk=chunk)
-    stage.groups(phase, step)
+    groups(stage.config, stage.model, phase, step)
     sources = stage._sources(0, phase, parts, step)
     batch = {"sources": {k: s.batch(0) for k, s in sources.items()}, "step": 0}
     step.train()
