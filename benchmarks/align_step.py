@@ -14,9 +14,9 @@ A ratio above 1 means that ours does more samples a second. Each is the median o
 - cached_tower_vs_first_epoch: an epoch over pictures and captions with frozen EfficientNet-lite0 and MiniLM (two heads
   train) from the features of the cache, against the first epoch, which computes them.
 
-Where the gain comes from: mmllm reads texts to the longest of their batch (13 tokens at most of the starter's captions),
-open_clip to the end of the context; the first row over the second is what that is worth. The rest is attention by plain
-matrix products (``mmllm.blocks.transformer.attend``) and the fused AdamW of MMTrainer's defaults.
+Where the gain comes from: mmllm reads texts to the longest of their batch (the starter's captions have 13 tokens at
+most), open_clip to the end of the context; the first row over the second is what that is worth. The rest is attention
+by plain matrix products (``mmllm.blocks.transformer.attend``) and the fused AdamW of MMTrainer's defaults.
 """
 
 from __future__ import annotations

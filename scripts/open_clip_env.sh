@@ -20,8 +20,9 @@ trap 'rm -f "$WANTED" "$LIMITS"' EXIT
 import tomllib
 with open("pyproject.toml", "rb") as file:
     print(*tomllib.load(file)["project"]["dependencies"], sep="\n")' > "$WANTED"
-# The versions that the project is tested with, but for torch, which must be the one that torchvision goes with.
-grep -v '^torch' constraints/cpu.txt > "$LIMITS"
+# The versions that the project is tested with, but for torch, which must be the one that torchvision goes with, and for
+# webdataset, of which open_clip takes older ones.
+grep -v -e '^torch' -e '^webdataset' constraints/cpu.txt > "$LIMITS"
 "$FOLDER/bin/python" -m pip install --quiet -c "$LIMITS" -r "$WANTED" \
     open_clip_torch==3.3.0 torch==2.14.1 torchvision==0.29.1 "webdataset<=0.2.86" pandas timm pytest hypothesis
 

@@ -15,7 +15,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None) -> Te
     """Scaled dot-product attention; q, k, v [B, H, N, D], allowed bool, broadcast to [B, H, N, N] -> [B, H, N, D].
 
     Where gradients are wanted on a CPU, short rows go through plain matrix products: the backward of torch's fused
-    kernel takes two to five times as long there.
+    kernel is slower there (second row of ``benchmarks/align_step.py``).
     """
     if q.device.type != "cpu" or q.shape[2] > SHORT_ROW or not (torch.is_grad_enabled() and q.requires_grad):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
