@@ -254,6 +254,7 @@ class MeasureConfig(StrictModel):
         by: of pairs, what belongs together: the rows of one record, or of all records with one label.
         frames: of each video.
         scorer: what says how alike two items are, for pairs; see ``mmllm.align.scorers``.
+        every: steps between two measurements during training, for the curves of the report; None: at the end alone.
         times_chance: figure, without the measure's name (``image_to_text_r1``) -> how many times chance is its target.
     """
 
@@ -270,6 +271,7 @@ class MeasureConfig(StrictModel):
     frames: int = Field(default=8, ge=1)
     scorer: str | dict[str, Any] = "cosine"
     times_chance: dict[str, float] = Field(default_factory=dict)
+    every: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _has_what_it_needs(self) -> MeasureConfig:

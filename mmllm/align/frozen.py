@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -81,6 +83,18 @@ class FrozenFeatures:
         self.cache, self.dtype, self.device, self.batch_size = cache, dtype, device, batch_size
         self.workers = workers
         self._fingerprints: dict[int, str] = {}
+        self._changing: list[Tower] = []
+
+    @contextmanager
+    def changing(self, towers: Sequence[Tower]) -> Iterator[None]:
+        """Within, these towers train: their features are computed each time, and kept nowhere."""
+        self._changing = list(towers)
+        try:
+            yield
+        finally:
+            self._changing = []
+            for tower in towers:
+                self._fingerprints.pop(id(tower), None)
 
     def __call__(
         self,
@@ -171,9 +185,12 @@ class FrozenFeatures:
             return out
 
         size = self.batch_size or self._forward_size(tower, side)
-        self.cache.chunk = max(size, CHUNK // size * size)
-        with ThreadPoolExecutor(self.workers) as pool:  # decoding releases the interpreter lock
-            found = self.cache.get_or_compute(key, n, compute, copies + 1, name, progress)
+        with ThreadPoolExecutor(self.workers) as pool, TemporaryDirectory() as passing:  # decoding releases the GIL
+            trains = any(tower is t for t in self._changing)
+            cache = FeatureCache(passing) if trains else self.cache
+            cache.chunk = max(size, CHUNK // size * size)
+            found = cache.get_or_compute(key, n, compute, copies + 1, name, progress)
+            found = {k: v.clone() for k, v in found.items()} if trains else found
         found = found if copies else {k: v[None] for k, v in found.items()}
         for item in (~found.pop("readable").all(0)).nonzero().flatten().tolist():
             try:

@@ -207,6 +207,17 @@ class AlignModel(nn.Module):
         return torch.cat([e for e in out if e is not None]) if out else torch.empty(0, self.embedding_dim)
 
 
+@torch.inference_mode()
+def pooled_texts(tower: Tower, texts: Sequence[str], batch_size: int = 256) -> Tensor:
+    """A text tower's pooled features [N, D] in float32, in main memory, wherever the tower is."""
+    device = next(tower.parameters()).device
+    rows = []
+    for i in range(0, len(texts), batch_size):
+        inputs = tower.encode(list(texts[i : i + batch_size]))  # type: ignore[attr-defined]
+        rows.append(tower(**{k: v.to(device) for k, v in inputs.items()}).pooled.float().cpu())
+    return torch.cat(rows).clone()
+
+
 def media_inputs(modality: str, processor: Any, items: Sequence[Any]) -> dict[str, Any]:
     """Tower inputs from PIL pictures, lists of frames, or waves."""
     make = {"audio": audio_inputs, "video": video_inputs}.get(modality, image_inputs)

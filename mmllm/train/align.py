@@ -84,14 +84,12 @@ class AlignStage:
 
     def vocabulary(self, source: str, records: list[dict[str, Any]], labels: list[str]) -> dict[str, Any]:
         """Names of a source (of its boxes, else of its items) and their word embeddings."""
-        import torch
+        from mmllm.align.model import pooled_texts
 
         names = sorted({b["text"] for r in records for b in r.get("boxes") or []}) or sorted(set(labels))
         assert self.config.words is not None
-        tower: Any = self.model.tower(self.config.words)
-        with torch.inference_mode():
-            table = tower(**tower.encode(names)).pooled.float()
-        return {"index": {n: i for i, n in enumerate(names)}, "embedding": table.clone(), "source": source}
+        table = pooled_texts(self.model.tower(self.config.words), names)
+        return {"index": {n: i for i, n in enumerate(names)}, "embedding": table, "source": source}
 
     def check_phases(self) -> None:
         """Makes every phase's objectives and hooks once, so that mistakes in any of them show before data are read.
@@ -129,6 +127,7 @@ class AlignStage:
         from mmllm.align.bank import EpochHook
         from mmllm.align.step import AlignStep
         from mmllm.contracts import Objective
+        from mmllm.train.align_measures import MeasureHook
         from mmllm.train.align_objectives import phase_parts
         from mmllm.train.launch import world_size
         from mmllm.train.params import set_trainable
@@ -150,6 +149,8 @@ class AlignStage:
             return {"sources": made, "step": n // accumulation}
 
         hooks = self.hooks(phase)
+        if any(m.every for m in self.config.measures.values()):
+            hooks.append(MeasureHook(self, phase.name))
         step.hooks.extend(h for h in hooks if isinstance(h, torch.nn.Module))
         if any(type(o).on_epoch is not Objective.on_epoch for o in parts.objectives):
             hooks.insert(0, EpochHook(sources, world_size() * accumulation))
@@ -159,7 +160,10 @@ class AlignStage:
             hooks=hooks, also_save=("teachers.",), **section,
         )  # fmt: skip
         step.total_steps = trainer.args.max_steps
-        summary = trainer.fit()
+        with self.frozen.changing(
+            [self.model.tower(n) for n in self.model.tower_of if f"{n}.tower" in self.model.active]
+        ):
+            summary = trainer.fit()
         step.to(self.device)
         self.model.active = set()
         self.model.requires_grad_(False).eval()

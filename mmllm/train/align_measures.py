@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmllm.align.config import MeasureConfig, SourceConfig
+from mmllm.align.model import pooled_texts
 from mmllm.align.objectives import centre_cell
 from mmllm.align.reading import FIELD
 from mmllm.align.record_keys import texts_of
-from mmllm.contracts import Scorer, Stream
+from mmllm.blocks.replay import Moment
+from mmllm.contracts import Scorer, StepHook, Stream
 from mmllm.errors import UserError, unknown
 from mmllm.evaluate.geometry import geometry_figures
 from mmllm.evaluate.nearest import nearest_page
@@ -25,6 +27,7 @@ from mmllm.evaluate.stats import derangement, mean_interval
 from mmllm.evaluate.zero_shot import embed_classes
 from mmllm.registry import make
 from mmllm.report.figures import Figure
+from mmllm.train.launch import is_main
 
 if TYPE_CHECKING:
     from mmllm.train.align import AlignStage
@@ -32,18 +35,50 @@ if TYPE_CHECKING:
 
 def measure_all(stage: AlignStage) -> list[Figure]:
     """All figures of the config's ``measures``; a data file that the data set lacks is named and left out."""
-    out: list[Figure] = []
-    for measure in stage.config.measures.values():
-        files = [measure.data] if isinstance(measure.data, str) else measure.data
-        present = [f for f in files if (stage.folder / f).is_file()]
-        for missing in sorted(set(files) - set(present)):
-            stage.notice(f"measure '{measure.name}': the data set has no {missing}")
-        records = stage.records(present, measure.recipes) if present else []
-        if not records:
-            out.append(Figure(measure.name, None, note="no data: " + ", ".join(files)))
-            continue
-        out += with_targets(measure, KINDS[measure.kind](stage, measure, records))
-    return out
+    return [f for measure in stage.config.measures.values() for f in measured(stage, measure)]
+
+
+def measured(stage: AlignStage, measure: MeasureConfig) -> list[Figure]:
+    """The figures of one measure."""
+    files = [measure.data] if isinstance(measure.data, str) else measure.data
+    present = [f for f in files if (stage.folder / f).is_file()]
+    for missing in sorted(set(files) - set(present)):
+        stage.notice(f"measure '{measure.name}': the data set has no {missing}")
+    records = stage.records(present, measure.recipes) if present else []
+    if not records:
+        return [Figure(measure.name, None, note="no data: " + ", ".join(files))]
+    return with_targets(measure, KINDS[measure.kind](stage, measure, records))
+
+
+class MeasureHook(StepHook):
+    """Measures during training, every ``every`` steps, and writes the fractions into ``metrics.jsonl`` for the curves.
+
+    It changes nothing of the training: random states and modes are as they were afterwards.
+    """
+
+    def __init__(self, stage: AlignStage, phase: str):
+        self.stage, self.phase = stage, phase
+        self.measures = [m for m in stage.config.measures.values() if m.every]
+
+    def before_forward(self, model: Any, batch: Any, step: int) -> None:
+        due = [m for m in self.measures if m.every and step and step % m.every == 0]
+        if not due or not is_main() or self._stands(step):
+            return
+        row: dict[str, Any] = {"step": step, "phase": self.phase}
+        shown = list(self.stage.nearest)
+        with Moment().again():
+            model.eval()
+            for measure in due:
+                row |= {f.name: f.value for f in measured(self.stage, measure) if f.unit == "fraction"}
+            model.train()
+        self.stage.run.log(row)
+        self.stage.nearest = shown  # the page shows the end alone
+
+    def _stands(self, step: int) -> bool:
+        """Whether this step was measured before: by an earlier micro-batch, or by the run that this one resumes."""
+        names = tuple(m.name for m in self.measures)
+        rows = [r for r in self.stage.run.read_metrics() if r["step"] == step and r.get("phase", "") == self.phase]
+        return any(k.startswith(names) for r in rows for k in r)
 
 
 def with_targets(measure: MeasureConfig, figures: list[Figure]) -> list[Figure]:
@@ -112,12 +147,10 @@ def augment_of(stage: AlignStage, stream: str) -> str:
 @torch.no_grad()
 def text_embeddings(stage: AlignStage, stream: str, texts: list[list[str]]) -> Tensor:
     """[N, P]: the mean tower feature of each item's texts through the head."""
-    tower = stage.model.tower(stream)
-    flat = [t for group in texts for t in group]
-    pooled = torch.cat([tower(**tower.encode(flat[i : i + 256])).pooled for i in range(0, len(flat), 256)])  # type: ignore[attr-defined]
-    means = [part.mean(0) for part in pooled.split([len(g) for g in texts])]
-    head = stage.model.heads[stream]
-    return F.normalize(head.cpu()(torch.stack(means)).float(), dim=-1)
+    pooled = pooled_texts(stage.model.tower(stream), [t for group in texts for t in group])
+    means = torch.stack([part.mean(0) for part in pooled.split([len(g) for g in texts])])
+    head = stage.model.heads[stage.model.owner(stream, "head")]
+    return F.normalize(head(means.to(next(head.parameters()).device)).float(), dim=-1).cpu()
 
 
 def retrieval(stage: AlignStage, measure: MeasureConfig, records: list[dict[str, Any]]) -> list[Figure]:

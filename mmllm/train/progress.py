@@ -108,7 +108,8 @@ class MetricsLog(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.run.forget_after(state.global_step, self.phase)
-        rows = [r for r in self.run.read_metrics() if r.get("phase", "") == self.phase] if is_main() else []
+        rows = self.run.read_metrics() if is_main() else []
+        rows = [r for r in rows if r.get("phase", "") == self.phase and "seconds" in r]
         self._before = rows[-1].get("seconds", 0.0) if rows else 0.0
         self._begin = time.monotonic()
 

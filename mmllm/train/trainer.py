@@ -129,7 +129,7 @@ class MMTrainer(Trainer):
             self.progress.close()
             self._free_model()
         self.run.update()
-        rows = [r for r in self.run.read_metrics() if r.get("phase", "") == self.phase]
+        rows = [r for r in self.run.read_metrics() if r.get("phase", "") == self.phase and "loss" in r]
         ended = rows[-1] if rows else {}
         return {
             "steps": self.args.max_steps,
