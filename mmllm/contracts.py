@@ -182,6 +182,17 @@ class Tower(nn.Module):
                     module.eval()
         return self
 
+    def gradient_checkpointing_enable(self) -> None:
+        """Lets the layers keep no activations in training, where the tower has layers that can.
+
+        Raises:
+            NotImplementedError: it has none.
+        """
+        encoder: Any = getattr(self, "encoder", None)
+        if not hasattr(encoder, "checkpointing"):
+            raise NotImplementedError
+        encoder.checkpointing = True
+
     def frozen_copy(self) -> Tower:
         """A copy in eval mode for running over a data set; a tower may fold layers together in it."""
         return copy.deepcopy(self).eval()

@@ -180,19 +180,22 @@ class AlignModel(nn.Module):
             set_image_size(processor, size)
         return media_inputs(tower.modality, processor, items)
 
-    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+    def gradient_checkpointing_enable(self) -> None:
         """Lets towers that train keep no activations inside their layers; the backward makes them again.
 
         Raises:
             UserError: a tower that trains has no layers that could.
         """
         for name in self.towers:
-            tower: Any = self.towers[name]
-            if f"{name}.tower" in self.active:
-                if not hasattr(tower, "gradient_checkpointing_enable"):
-                    do = "leave train.gradient_checkpointing out, or take chunk_size for large batches"
-                    raise UserError(f"the tower of '{name}' knows no gradient checkpointing", do=do)
-                tower.gradient_checkpointing_enable(**kwargs)
+            if f"{name}.tower" not in self.active:
+                continue
+            tower = self.tower(name)
+            try:
+                tower.gradient_checkpointing_enable()
+            except (NotImplementedError, ValueError):
+                what = f"the tower of '{name}' ({type(tower).__name__}) knows no gradient checkpointing"
+                do = "leave train.gradient_checkpointing out, or take chunk_size for large batches"
+                raise UserError(what, f"streams.{name}", do) from None
 
     @torch.no_grad()
     def embed(self, stream: str, items: Sequence[Any], batch_size: int = 64) -> Tensor:

@@ -203,6 +203,6 @@ class AlignStep(nn.Module):
         for teacher in self.teachers.values():
             teacher.follow(self.progress)  # type: ignore[operator]
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """See ``AlignModel.gradient_checkpointing_enable``; the Trainer calls this name."""
+    def gradient_checkpointing_enable(self, **_: Any) -> None:
+        """See ``AlignModel.gradient_checkpointing_enable``; the Trainer calls this name, with options for layers."""
         self.model.gradient_checkpointing_enable()

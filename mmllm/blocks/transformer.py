@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 SHORT_ROW = 1024  # tokens
 
@@ -72,6 +73,7 @@ class Encoder(nn.Module):
     def __init__(self, width: int, heads: int, layers: int):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(width, heads) for _ in range(layers))
+        self.checkpointing = False  # layers keep their input alone; the backward runs them again
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, taps: Sequence[int] = ()
@@ -86,7 +88,10 @@ class Encoder(nn.Module):
             allowed = (mask | ~mask.any(-1, keepdim=True))[:, None, None]
         states = [x]
         for layer in self.layers:
-            x = layer(x, allowed)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, allowed, use_reentrant=False)  # type: ignore[assignment]
+            else:
+                x = layer(x, allowed)
             if taps:
                 states.append(x)
         return x, tapped(states, taps)

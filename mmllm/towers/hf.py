@@ -168,6 +168,10 @@ class HFTower(Tower):
         tokens = out.last_hidden_state if self.layer == -1 else out.hidden_states[self.layer]
         return tokens, out, tapped(out.hidden_states, layers) if layers else None
 
+    def gradient_checkpointing_enable(self) -> None:
+        """The model's layers keep no activations in training; the backward makes them again."""
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
     def pooler_output(self, out: Any) -> Tensor:
         """The model's own pooled output.
 

@@ -72,6 +72,9 @@ class VideoTower(Tower):
         mask = spread(seen.mask).flatten(1, 2)
         return Features(tokens, mask, (weights[..., None] * pooled).sum(1), grid, layers=states)
 
+    def gradient_checkpointing_enable(self) -> None:
+        self.vision.gradient_checkpointing_enable()
+
     def num_tokens(self, length: Any = None) -> int:
         """Tokens of ``length`` frames; None means one."""
         return int(1 if length is None else length) * self.vision.num_tokens()
