@@ -244,7 +244,9 @@ class MeasureConfig(StrictModel):
         name: the key under ``measures`` and the name of the figures, such as ``retrieval_new_concept``.
         kind: retrieval (names as gallery), zero_shot (classes from ``meta.FIELD``), regions (word at the cell), pairs
             (retrieval of items between every two of the streams, each text an item), geometry (gap, alignment,
-            uniformity, CKA and effective rank of every two streams), probe (k-NN and linear, classes from ``FIELD``).
+            uniformity, CKA and effective rank of every two streams), probe (k-NN and linear, classes from ``FIELD``),
+            or another that is registered.
+        options: of that kind.
         data: records file or files, relative to ``dataset``.
         streams: query and text stream (for regions the picture stream and the words stream).
         field: of ``meta`` (or of the record itself), for zero_shot and probe.
@@ -259,9 +261,10 @@ class MeasureConfig(StrictModel):
     """
 
     name: str = ""
-    kind: Literal["retrieval", "zero_shot", "regions", "pairs", "geometry", "probe"]
+    kind: str
     data: str | list[str]
     streams: list[str]
+    options: dict[str, Any] = Field(default_factory=dict)
     field: str = "subgroup"
     templates: list[str] = ["a kind of {}"]
     train: str | list[str] | None = None
@@ -275,7 +278,7 @@ class MeasureConfig(StrictModel):
 
     @model_validator(mode="after")
     def _has_what_it_needs(self) -> MeasureConfig:
-        least = 1 if self.kind == "probe" else 2
+        least = 2 if self.kind in ("retrieval", "zero_shot", "regions", "pairs", "geometry") else 1
         if len(self.streams) < least:
             raise UserError(f"measure '{self.name}' needs {least} streams", "streams")
         if self.kind == "probe" and self.train is None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from mmllm.contracts import DataRecipe
 from mmllm.data.captions import captions_of
+from mmllm.data.questions import with_article
 from mmllm.data.records import MEDIA_FIELDS, Located
 from mmllm.registry import make, register
 
@@ -111,3 +112,25 @@ class Without(DataRecipe):
 def label_of(record: dict[str, Any]) -> str:
     """A record's label, or its first text."""
     return str(record.get("label") or next((t for _, t in captions_of(record)), ""))
+
+
+@register("data_recipe", "names_of_boxes")
+class NamesOfBoxes(DataRecipe):
+    """Gives scenes a text, the names of their boxes (``a cat, a red car``), in the order of the boxes or a random one.
+
+    Args:
+        separate: several texts, one for each name, instead of one text.
+        shuffle: draw the order of the names, by ``seed``.
+    """
+
+    def __init__(self, separate: bool = False, shuffle: bool = False, seed: int = 0):
+        self.separate, self.shuffle, self.seed = separate, shuffle, seed
+
+    def apply(self, records: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        rng = np.random.default_rng(self.seed)
+        for record in records:
+            names = [with_article(b["text"]) for b in record.get("boxes") or []]
+            if self.shuffle:
+                names = [names[i] for i in rng.permutation(len(names))]
+            if names:
+                yield {**record, "text": names if self.separate else ", ".join(names)}

@@ -1,8 +1,8 @@
 """One file per published method, and their cards: what each file says of itself, read without running it.
 
 A method file begins with its card, its docstring: a first line with title and arXiv number, and then YAML with the keys
-``slug``, ``number`` (of the catalogue), ``kind``, ``config`` (the lines that switch it on), ``left_out`` and, where
-released code differs from the paper, ``differs``.
+``slug``, ``number`` (of the catalogue), ``shelf``, ``kind``, ``config`` (lines that switch it on), ``left_out`` and,
+where released code differs from the paper, ``differs``.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ KINDS = (
     "step_hook",
     "scorer",
     "connector",
+    "measure",
     "recipe",
 )
 ARXIV = re.compile(r"^(?P<title>.+?) \(arXiv (?P<arxiv>\d{4}\.\d{4,5})\)\.?$")
@@ -46,6 +47,7 @@ class Card:
 
     slug: str
     number: int
+    shelf: int
     title: str
     arxiv: str
     kind: str

@@ -2,6 +2,7 @@
 
 slug: filip
 number: 8
+shelf: 1
 kind: objective
 config: "objectives: [{type: filip, options: {pair: [image, text]}}]  # and a connector for either stream"
 left_out: averaging over prompt templates at inference, and the FILIP300M data.

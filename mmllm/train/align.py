@@ -95,13 +95,16 @@ class AlignStage:
         """Makes every phase's objectives and hooks once, so that mistakes in any of them show before data are read.
 
         Raises:
-            UserError: see ``phase_parts``, ``check_reset`` and ``groups``; an unknown hook or option.
+            UserError: see ``phase_parts``, ``check_reset`` and ``groups``; an unknown hook, measure or option.
         """
         import torch
 
         from mmllm.align.step import AlignStep
+        from mmllm.train.align_measures import kind_of
         from mmllm.train.align_objectives import phase_parts
 
+        for measure in self.config.measures.values():
+            kind_of(measure)
         with torch.random.fork_rng(devices=[]):
             for phase in self.config.phases.values():
                 check_reset(self.config, self.model, phase)

@@ -1,7 +1,12 @@
-"""Measures an aligned model on held-out records: retrieval, zero-shot classes, words at the objects' cells."""
+"""Measures an aligned model on held-out records: retrieval, zero-shot classes, words at the objects' cells.
+
+Others join by ``@register("measure", NAME)`` on a function ``(stage, measure, records, **options) -> [Figure]``.
+"""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +30,7 @@ from mmllm.evaluate.ranking import Rows, pair_figures
 from mmllm.evaluate.retrieval import retrieval_figures, zero_shot_figure
 from mmllm.evaluate.stats import derangement, mean_interval
 from mmllm.evaluate.zero_shot import embed_classes
-from mmllm.registry import make
+from mmllm.registry import get, make, register
 from mmllm.report.figures import Figure
 from mmllm.train.launch import is_main
 
@@ -47,7 +52,22 @@ def measured(stage: AlignStage, measure: MeasureConfig) -> list[Figure]:
     records = stage.records(present, measure.recipes) if present else []
     if not records:
         return [Figure(measure.name, None, note="no data: " + ", ".join(files))]
-    return with_targets(measure, KINDS[measure.kind](stage, measure, records))
+    return with_targets(measure, kind_of(measure)(stage, measure, records, **measure.options))
+
+
+def kind_of(measure: MeasureConfig) -> Callable[..., list[Figure]]:
+    """The function of a measure's kind: ``fn(stage, measure, records, **options) -> figures``.
+
+    Raises:
+        UserError: unknown kind or option.
+    """
+    where = f"measure '{measure.name}'"
+    found = get("measure", measure.kind, where)
+    valid = list(inspect.signature(found).parameters)[3:]
+    for key in measure.options:
+        if key not in valid:
+            raise unknown("option", key, valid, where)
+    return found
 
 
 class MeasureHook(StepHook):
@@ -153,6 +173,7 @@ def text_embeddings(stage: AlignStage, stream: str, texts: list[list[str]]) -> T
     return F.normalize(head(means.to(next(head.parameters()).device)).float(), dim=-1).cpu()
 
 
+@register("measure", "retrieval")
 def retrieval(stage: AlignStage, measure: MeasureConfig, records: list[dict[str, Any]]) -> list[Figure]:
     """Item -> name among the names of these records, and name -> item."""
     names = {}
@@ -175,6 +196,7 @@ def retrieval(stage: AlignStage, measure: MeasureConfig, records: list[dict[str,
     return out + retrieval_figures(f"{measure.name}_from_text", sim.T, positive)
 
 
+@register("measure", "zero_shot")
 def zero_shot(stage: AlignStage, measure: MeasureConfig, records: list[dict[str, Any]]) -> list[Figure]:
     """Class of ``meta.FIELD`` among all classes of these records, asked by the measure's templates."""
     records = [r for r in records if class_of(r, measure.field)]
@@ -239,6 +261,7 @@ def token_rows(
     return Rows(scorer.rows(Stream(token_embedding=tokens, token_mask=mask)))
 
 
+@register("measure", "pairs")
 def pairs(stage: AlignStage, measure: MeasureConfig, records: list[dict[str, Any]]) -> list[Figure]:
     """Retrieval of the other half of each record, for every ordered pair of the measure's streams."""
     scorer = make("scorer", measure.scorer, f"measure '{measure.name}'")
@@ -249,6 +272,7 @@ def pairs(stage: AlignStage, measure: MeasureConfig, records: list[dict[str, Any
     return pair_figures(measure.name, embeddings, keys, scorer=scorer)
 
 
+@register("measure", "geometry")
 def geometry(stage: AlignStage, measure: MeasureConfig, records: list[dict[str, Any]]) -> list[Figure]:
     """How every two of the measure's streams lie to each other, over the records that have both (first texts)."""
     out: list[Figure] = []
@@ -263,6 +287,7 @@ def geometry(stage: AlignStage, measure: MeasureConfig, records: list[dict[str, 
     return out
 
 
+@register("measure", "probe")
 def probe(stage: AlignStage, measure: MeasureConfig, records: list[dict[str, Any]]) -> list[Figure]:
     """k-NN and linear probe of the first stream's embeddings for the classes of ``FIELD``."""
     assert measure.train is not None
@@ -274,6 +299,7 @@ def probe(stage: AlignStage, measure: MeasureConfig, records: list[dict[str, Any
     return probe_figures(measure.name, sides[0], sides[1])
 
 
+@register("measure", "regions")
 def regions(stage: AlignStage, measure: MeasureConfig, records: list[dict[str, Any]]) -> list[Figure]:
     """Share of objects whose own word is the nearest one at the cell of their centre (at any token, without boxes)."""
     stream = measure.streams[0]
@@ -308,12 +334,3 @@ def regions(stage: AlignStage, measure: MeasureConfig, records: list[dict[str, A
     figure.note = f"{len(index)} words"
     return [figure]
 
-
-KINDS = {
-    "retrieval": retrieval,
-    "zero_shot": zero_shot,
-    "regions": regions,
-    "pairs": pairs,
-    "geometry": geometry,
-    "probe": probe,
-}

@@ -7,20 +7,31 @@ import json
 import pytest
 import torch
 
+from mmllm import registry
 from mmllm.blocks.queue import FeatureQueue
 from mmllm.config import parse_config
 from mmllm.contracts import BatchSampler, DataRecipe, InputTransform, Objective, Scorer, StepHook, Transform
 from mmllm.errors import UserError
-from mmllm.registry import register
 from mmllm.train.align import AlignConfig, AlignStage, align
 from mmllm.train.run import RunFolder
 
 SEEN: dict[str, list] = {}
 
 
+DEMOS: dict[str, dict[str, type]] = {}
+
+
+def demo(kind, name):
+    """Notes a class for the registry; it is there only during the tests of this file (others go through all names)."""
+    return lambda cls: DEMOS.setdefault(kind, {}).setdefault(name, cls)
+
+
 @pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path_factory):
+def own_cache_and_names(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("MMLLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+    for kind, classes in DEMOS.items():
+        registry.names(kind)  # the methods and plugins of this kind are loaded before the copy is made
+        monkeypatch.setitem(registry._REGISTRY, kind, registry._REGISTRY.get(kind, {}) | classes)
     SEEN.clear()
 
 
@@ -28,7 +39,7 @@ def note(key, value):
     SEEN.setdefault(key, []).append(value)
 
 
-@register("step_hook", "demo_hook")
+@demo("step_hook", "demo_hook")
 class DemoHook(StepHook):
     """Trains only on the items with the larger half of the losses."""
 
@@ -49,7 +60,7 @@ class DemoHook(StepHook):
         note("order", ("before_optimizer_step", step))
 
 
-@register("batch_sampler", "demo_sampler")
+@demo("batch_sampler", "demo_sampler")
 class DemoSampler(BatchSampler):
     def __init__(self, keys, batch_size, seed, start=0):
         self.size, self.batch_size, self.start = len(keys), batch_size, start
@@ -58,7 +69,7 @@ class DemoSampler(BatchSampler):
         return [(self.start + step + k) % self.size for k in range(self.batch_size)]
 
 
-@register("transform", "demo_transform")
+@demo("transform", "demo_transform")
 class DemoTransform(Transform):
     field = "image"
 
@@ -67,7 +78,7 @@ class DemoTransform(Transform):
         return {**item, "image": item["image"].rotate(90)}
 
 
-@register("input_transform", "demo_input_transform")
+@demo("input_transform", "demo_input_transform")
 class DemoInputTransform(InputTransform):
     modality, gives = "text", frozenset({"lengths"})
 
@@ -75,13 +86,13 @@ class DemoInputTransform(InputTransform):
         return inputs, {"lengths": inputs["attention_mask"].sum(1)}
 
 
-@register("data_recipe", "demo_recipe")
+@demo("data_recipe", "demo_recipe")
 class DemoRecipe(DataRecipe):
     def apply(self, records):
         yield from (r for r in records if r["label"].startswith(("red", "blue")))
 
 
-@register("scorer", "demo_scorer")
+@demo("scorer", "demo_scorer")
 class DemoScorer(Scorer):
     """Minus the distance."""
 
@@ -89,7 +100,7 @@ class DemoScorer(Scorer):
         return -torch.cdist(query, gallery)
 
 
-@register("objective", "demo_objective")
+@demo("objective", "demo_objective")
 class DemoObjective(Objective):
     """A queue of texts as negatives, a matrix of its own, a derived stream that it brings along, and the bank."""
 

@@ -22,7 +22,7 @@ def test_card(one):
     assert one.title and one.left_out and (HERE / f"test_{one.module.split('.')[-1]}.py").is_file()
     named = yaml.safe_load(one.config)
     assert isinstance(named, dict)
-    if one.kind in ("objective", "batch_sampler", "step_hook", "scorer", "data_recipe", "transform"):
+    if one.kind in ("objective", "batch_sampler", "step_hook", "scorer", "data_recipe", "transform", "measure"):
         found = [x for x in types_in(named) if is_registered(one.kind, x)]
         assert found, f"{one.config} names nothing that is registered as {one.kind}"
 
@@ -59,7 +59,7 @@ def test_mistakes_are_named(tmp_path):
     for text, words in (
         ('"""No number.\n\nslug: x\n"""', "no 'Title"),
         ('"""T (arXiv 2101.00001).\n\nslug: x\n"""', "missing"),
-        ('"""T (arXiv 2101.00001).\n\n{slug: y, number: 1, kind: objective, config: "", left_out: a}\n"""', "'y'"),
+        ('"""T (arXiv 2101.00001).\n\n{slug: y, number: 1, shelf: 1, kind: head, config: "", left_out: a}\n"""', "'y'"),
     ):
         (tmp_path / "x.py").write_text(text)
         with pytest.raises(UserError, match=words):
