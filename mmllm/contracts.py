@@ -315,7 +315,8 @@ class StepHook:
     def after_loss(self, model: nn.Module, batch: Any, losses: dict[str, Any], step: int) -> None:
         """Between loss and backward; may replace ``losses["loss"]``.
 
-        ``losses["each"]`` (align): term -> (loss [B], valid [B] bool) of objectives that give a loss per item.
+        ``losses["each"]`` (align): term -> (loss [B], valid [B] bool) of objectives that give a loss per item;
+        ``losses["batches"]`` (align): source -> the AlignBatch that the objectives saw, embeddings with their graph.
         """
 
     def after_backward(self, model: nn.Module, step: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+import mmllm.data.noise  # noqa: F401  (registers its recipes)
 from mmllm.contracts import DataRecipe
 from mmllm.data.captions import captions_of
 from mmllm.data.questions import with_article
