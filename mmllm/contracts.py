@@ -130,6 +130,10 @@ class Objective(nn.Module):
     def setup(self, model: nn.Module) -> None:
         """Called once before training, with the AlignModel: makes parameters whose size the towers decide."""
 
+    def prepare(self, bank: Any) -> None:
+        """Called once before a phase's first step, also of a resumed run, with the feature bank of the first source:
+        makes buffers whose size the data decide (``len(bank.source.records)``)."""
+
     def forward(self, batch: AlignBatch) -> dict[str, Tensor]:
         """Returns ``{"loss": scalar or [B], "valid": [B] bool (optional), ...named terms for the log}``."""
         raise NotImplementedError
@@ -286,6 +290,13 @@ class InputTransform:
 
 class BatchSampler:
     """Which items make up batch number ``step``: a pure function of the seed and the step, so resume needs no state."""
+
+    def prepare(self, bank: Any) -> None:
+        """Called once before a phase's first step, also of a resumed run, with the feature bank of its source.
+
+        A sampler that goes by features must take those of streams that do not train in the phase: after a resume the
+        others have other weights. Its keys are those of the bank's ``items``, in their order.
+        """
 
     def indices(self, step: int) -> list[int]:
         raise NotImplementedError
