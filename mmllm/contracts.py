@@ -215,7 +215,13 @@ class Tower(nn.Module):
 
 
 class Connector(nn.Module):
-    """Carries tower features into the LLM's embedding space."""
+    """Carries tower features into the LLM's embedding space.
+
+    Attributes:
+        takes_text: True when ``forward`` makes use of a text, and gives as many tokens whatever the input.
+    """
+
+    takes_text: bool = False
 
     def forward(self, features: Features, text: Features | None = None) -> tuple[Tensor, Tensor]:
         """Returns tokens [B, M, D_out] and mask [B, M] bool."""

@@ -9,22 +9,32 @@ from typing import Any
 
 import torch
 
+from mmllm.connectors.adaptive import AdaptivePoolConnector
 from mmllm.connectors.base import FolderConnector
+from mmllm.connectors.c_abstractor import CAbstractorConnector
 from mmllm.connectors.grid import GridMLPConnector
+from mmllm.connectors.perceiver import PerceiverConnector
+from mmllm.connectors.pixel_shuffle import PixelShuffleConnector
 from mmllm.connectors.qformer import QFormerConnector
 from mmllm.connectors.simple import AvgPoolConnector, LinearConnector, MLPConnector
+from mmllm.connectors.token_merge import TokenMergeConnector
 from mmllm.contracts import Connector
 from mmllm.errors import UserError, unknown
 from mmllm.registry import get
 
 __all__ = [
+    "AdaptivePoolConnector",
     "AvgPoolConnector",
+    "CAbstractorConnector",
     "Connector",
     "FolderConnector",
     "GridMLPConnector",
     "LinearConnector",
     "MLPConnector",
+    "PerceiverConnector",
+    "PixelShuffleConnector",
     "QFormerConnector",
+    "TokenMergeConnector",
     "build_connector",
     "load_connector_folder",
 ]
@@ -34,7 +44,7 @@ def build_connector(config: dict[str, Any]) -> Connector:
     """Makes a connector with fresh weights.
 
     Args:
-        config: ``{"type": "linear" | "mlp" | "grid_mlp" | "qformer" | "avg_pool" | ..., "in_dim", "out_dim", ...}``;
+        config: ``{"type": "linear" | "mlp" | "grid_mlp" | "perceiver" | ..., "in_dim", "out_dim", ...}``;
             the other keys are the arguments of that connector's class.
 
     Raises:
