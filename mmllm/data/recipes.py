@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-import mmllm.data.noise  # noqa: F401  (registers its recipes)
+import mmllm.data.languages
+import mmllm.data.noise  # noqa: F401  (both register their recipes)
 from mmllm.contracts import DataRecipe
 from mmllm.data.captions import captions_of
 from mmllm.data.questions import with_article
