@@ -8,7 +8,7 @@ config: "objectives: [{type: m3col, options: {pair: [image, text], field: subgro
 left_out: mixing of input pictures and texts; more than two modalities are one such term for each pair.
 differs: the released code writes a mixed target over the one of a row that is mixed with itself, which loses the row;
   the shares add up here. Soft targets carry no gradient here.
-"""
+"""  # noqa: E501
 
 from __future__ import annotations
 
