@@ -75,7 +75,7 @@ def effect(slug: str) -> EffectConfig:
     Raises:
         UserError: no such method, or no config for it.
     """
-    return load_config(effect_file(slug), (), EffectConfig)
+    return load_config(effect_file(slug), (), EffectConfig, resolve=False)  # seeds come later
 
 
 def effect_file(slug: str) -> Path:

@@ -222,8 +222,9 @@ def _pool(jobs: int, threads: int) -> Iterator[ProcessPoolExecutor]:
     try:
         yield pool
     except BaseException:
+        processes = list((getattr(pool, "_processes", None) or {}).values())  # shutdown forgets them
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in list(getattr(pool, "_processes", {}).values()):
+        for process in processes:
             process.terminate()
         raise
     finally:
