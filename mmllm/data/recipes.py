@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 import mmllm.data.box_numbers  # noqa: F401  (registers its recipe)
+import mmllm.data.placed  # noqa: F401  (registers its recipe)
 from mmllm.contracts import DataRecipe
 from mmllm.data.captions import captions_of
 from mmllm.data.questions import with_article
