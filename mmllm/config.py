@@ -99,8 +99,13 @@ def parse_config(data: dict[str, Any], schema: type[T], source: object = "config
         raise UserError(e.what, source if e.where is None else f"{source}: {e.where}", e.do) from None
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...], schema: type[T]) -> T:
+def load_config(
+    path: str | Path, overrides: list[str] | tuple[str, ...], schema: type[T], resolve: bool = True
+) -> T:
     """Reads a YAML config, applies ``key=value`` overrides (dots go deeper, numbers into lists), validates it.
+
+    Args:
+        resolve: False leaves ``${...}`` as it stands, for a config whose parts become others' configs.
 
     Raises:
         UserError: unreadable YAML (with its line), a malformed override, an unknown key or a bad value.
@@ -130,7 +135,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...], schema
         except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as e:
             raise UserError(f"override '{item}': {str(e).splitlines()[0]}", file) from None
     try:
-        data = OmegaConf.to_container(config, resolve=True)
+        data = OmegaConf.to_container(config, resolve=resolve)
     except OmegaConfBaseException as e:
         raise UserError(str(e).splitlines()[0], file, "check the interpolations") from None
     return parse_config(data, schema, file)  # type: ignore[arg-type]

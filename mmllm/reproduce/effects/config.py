@@ -78,7 +78,7 @@ def effect(slug: str) -> EffectConfig:
     from mmllm.methods import card
 
     card(slug)
-    return load_config(f"configs/{FOLDER}/{slug}.yaml", (), EffectConfig)
+    return load_config(f"configs/{FOLDER}/{slug}.yaml", (), EffectConfig, resolve=False)  # seeds come later
 
 
 def with_effect() -> list[str]:
