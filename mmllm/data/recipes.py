@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+import mmllm.data.box_numbers  # noqa: F401  (registers its recipes)
 import mmllm.data.languages  # noqa: F401  (registers its recipes)
 import mmllm.data.noise  # noqa: F401  (registers its recipes)
+import mmllm.data.placed  # noqa: F401  (registers its recipes)
 import mmllm.data.sequences  # noqa: F401  (registers its recipes)
 from mmllm.contracts import DataRecipe
 from mmllm.data.captions import label_of
