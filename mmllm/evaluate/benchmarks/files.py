@@ -61,5 +61,23 @@ def field(record: dict[str, Any], name: str, where: object) -> Any:
         UserError: it has none of this name.
     """
     if name not in record:
-        raise UserError(f"a record has no '{name}'", where, f"it has {', '.join(map(str, record)) or 'nothing'}")
+        has = ", ".join(map(str, list(record)[:8])) or "nothing"
+        raise UserError(f"a record has no '{name}'", where, f"it has {has}")
     return record[name]
+
+
+def read_parquet(path: Path) -> list[dict[str, Any]]:
+    """The rows of a parquet file; pictures are ``{"bytes", "path"}``.
+
+    Raises:
+        UserError: pyarrow is not installed, or not a parquet file.
+    """
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError("parquet files need pyarrow", path, "pip install 'mmllm[data]'") from None
+    try:
+        return parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowInvalid, OSError) as e:
+        raise UserError(f"not a parquet file ({str(e).splitlines()[0]})", path) from None
