@@ -236,6 +236,42 @@ class Connector(nn.Module):
         raise NotImplementedError
 
 
+@dataclass
+class InjectedMedia:
+    """What the layers of an Injector see of a batch's media.
+
+    Attributes:
+        tokens: [B, N, H], all media of a row one after the other, padded.
+        allowed: [B, L, N] bool, which of them each token of the row sees.
+        injector: whose layers are to run; calls: how many decoder layers have asked so far.
+    """
+
+    tokens: Tensor
+    allowed: Tensor
+    injector: Any = None
+    calls: int = 0
+
+
+class Injector(nn.Module):
+    """Adds layers inside the LLM through which media reach it; at the start it changes nothing, bit for bit.
+
+    Attributes:
+        attend: "last" or "all" media before a token are seen by it.
+        in_place: True where media's tokens also stand in the text.
+    """
+
+    attend: str = "last"
+    in_place: bool = False
+
+    def forward(self, index: int, hidden: Tensor, media: InjectedMedia) -> Tensor:
+        """Hidden states [B, L, H] before decoder layer ``index`` -> the same with the media mixed in."""
+        raise NotImplementedError
+
+    def to_config(self) -> dict[str, Any]:
+        """A JSON-able dict from which ``build_injector`` makes the same layers."""
+        raise NotImplementedError
+
+
 class Scorer:
     """Similarity of queries to a gallery, shared by objectives, retrieval, zero-shot and search; cosine by itself.
 
