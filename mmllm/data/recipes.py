@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+import mmllm.data.exclusive_or
 import mmllm.data.languages
-import mmllm.data.noise  # noqa: F401  (both register their recipes)
+import mmllm.data.noise  # noqa: F401  (these register their recipes)
 from mmllm.contracts import DataRecipe
 from mmllm.data.captions import captions_of
 from mmllm.data.questions import with_article
