@@ -25,6 +25,7 @@ COMMANDS = {
     "decode": "List, explain and trace decoding methods.",
     "serve": "Serve a model through vLLM (OpenAI API).",
     "export": "Write a trained run as a complete Hugging Face folder.",
+    "methods": "List the library of published methods, or show one.",
     "reproduce": "Run an experiment of the project again and write its report.",
     "data": "Build, check and preview data.",
     "doctor": "What is installed, what runs here, what is missing.",

@@ -130,6 +130,10 @@ class Objective(nn.Module):
     def setup(self, model: nn.Module) -> None:
         """Called once before training, with the AlignModel: makes parameters whose size the towers decide."""
 
+    def prepare(self, bank: Any) -> None:
+        """Called once before a phase's first step, also of a resumed run, with the feature bank of the first source:
+        makes buffers whose size the data decide (``len(bank.source.records)``)."""
+
     def forward(self, batch: AlignBatch) -> dict[str, Tensor]:
         """Returns ``{"loss": scalar or [B], "valid": [B] bool (optional), ...named terms for the log}``."""
         raise NotImplementedError
@@ -211,7 +215,13 @@ class Tower(nn.Module):
 
 
 class Connector(nn.Module):
-    """Carries tower features into the LLM's embedding space."""
+    """Carries tower features into the LLM's embedding space.
+
+    Attributes:
+        takes_text: True when ``forward`` makes use of a text, and gives as many tokens whatever the input.
+    """
+
+    takes_text: bool = False
 
     def forward(self, features: Features, text: Features | None = None) -> tuple[Tensor, Tensor]:
         """Returns tokens [B, M, D_out] and mask [B, M] bool."""
@@ -223,6 +233,42 @@ class Connector(nn.Module):
 
     def to_config(self) -> dict[str, Any]:
         """A JSON-able dict from which ``build_connector`` makes the same architecture."""
+        raise NotImplementedError
+
+
+@dataclass
+class InjectedMedia:
+    """What the layers of an Injector see of a batch's media.
+
+    Attributes:
+        tokens: [B, N, H], all media of a row one after the other, padded.
+        allowed: [B, L, N] bool, which of them each token of the row sees.
+        injector: whose layers are to run; calls: how many decoder layers have asked so far.
+    """
+
+    tokens: Tensor
+    allowed: Tensor
+    injector: Any = None
+    calls: int = 0
+
+
+class Injector(nn.Module):
+    """Adds layers inside the LLM through which media reach it; at the start it changes nothing, bit for bit.
+
+    Attributes:
+        attend: "last" or "all" media before a token are seen by it.
+        in_place: True where media's tokens also stand in the text.
+    """
+
+    attend: str = "last"
+    in_place: bool = False
+
+    def forward(self, index: int, hidden: Tensor, media: InjectedMedia) -> Tensor:
+        """Hidden states [B, L, H] before decoder layer ``index`` -> the same with the media mixed in."""
+        raise NotImplementedError
+
+    def to_config(self) -> dict[str, Any]:
+        """A JSON-able dict from which ``build_injector`` makes the same layers."""
         raise NotImplementedError
 
 
@@ -287,6 +333,13 @@ class InputTransform:
 class BatchSampler:
     """Which items make up batch number ``step``: a pure function of the seed and the step, so resume needs no state."""
 
+    def prepare(self, bank: Any) -> None:
+        """Called once before a phase's first step, also of a resumed run, with the feature bank of its source.
+
+        A sampler that goes by features must take those of streams that do not train in the phase: after a resume the
+        others have other weights. Its keys are those of the bank's ``items``, in their order.
+        """
+
     def indices(self, step: int) -> list[int]:
         raise NotImplementedError
 
@@ -315,7 +368,8 @@ class StepHook:
     def after_loss(self, model: nn.Module, batch: Any, losses: dict[str, Any], step: int) -> None:
         """Between loss and backward; may replace ``losses["loss"]``.
 
-        ``losses["each"]`` (align): term -> (loss [B], valid [B] bool) of objectives that give a loss per item.
+        ``losses["each"]`` (align): term -> (loss [B], valid [B] bool) of objectives that give a loss per item;
+        ``losses["batches"]`` (align): source -> the AlignBatch that the objectives saw, embeddings with their graph.
         """
 
     def after_backward(self, model: nn.Module, step: int) -> None:

@@ -21,8 +21,8 @@ FLOORS = [
     {"align", "model", "decode"},
     {"evaluate"},
     {"train"},
-    {"methods", "serve", "reproduce"},
-    {"starter"},
+    {"methods", "serve"},
+    {"starter", "reproduce"},
     {"cli"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

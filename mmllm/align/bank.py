@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from mmllm.contracts import StepHook
+from mmllm.blocks.ranks import Ranks
+from mmllm.contracts import BatchSampler, Objective, StepHook
 
 if TYPE_CHECKING:
     from mmllm.align.source import AlignSource
@@ -81,3 +83,14 @@ class EpochHook(StepHook):
             source = self.sources[term.sources[0]]
             if self.starts_epoch(step, source.batch_size * self.items_per_step, len(source.usable)):
                 objective.on_epoch(FeatureBank(source, model))
+
+
+def prepare(step: AlignStep, sources: Mapping[str, AlignSource]) -> None:
+    """Shows objectives and samplers that ask for it (``prepare``) the bank of their source, before the first step."""
+    for objective, term in zip(step.objectives, step.terms):
+        if type(objective).prepare is not Objective.prepare:  # type: ignore[attr-defined]
+            objective.prepare(FeatureBank(sources[term.sources[0]], step))  # type: ignore[operator]
+    for source in sources.values():
+        sampler = source.sampler(source.batch_size * Ranks().size)
+        if type(sampler).prepare is not BatchSampler.prepare:
+            sampler.prepare(FeatureBank(source, step))

@@ -33,9 +33,10 @@ class Term:
 
 
 class AlignStep(nn.Module):
-    """``forward(batch) -> {"loss", named terms, "each"}``; what MMTrainer trains in one phase.
+    """``forward(batch) -> {"loss", named terms, "each", "batches"}``; what MMTrainer trains in one phase.
 
-    ``each`` holds, for terms that give a loss per item, ``(loss [B], valid [B])`` under the term's name.
+    ``each`` holds, for terms that give a loss per item, ``(loss [B], valid [B])`` under the term's name; ``batches``
+    the AlignBatch of each source, of this process.
 
     Args:
         want: source -> stream -> what is needed of it.
@@ -159,6 +160,7 @@ class AlignStep(nn.Module):
                 out[f"weight/{term.name}"] = torch.tensor(weight)
         out |= self._pair_state(ready)
         out["loss"] = torch.stack(losses).sum()
+        out["batches"] = ready
         return out
 
     @staticmethod

@@ -9,23 +9,37 @@ from typing import Any
 
 import torch
 
+from mmllm.connectors.adaptive import AdaptivePoolConnector
 from mmllm.connectors.base import FolderConnector
+from mmllm.connectors.c_abstractor import CAbstractorConnector
 from mmllm.connectors.grid import GridMLPConnector
+from mmllm.connectors.injector import GatedInjector
+from mmllm.connectors.perceiver import PerceiverConnector
+from mmllm.connectors.pixel_shuffle import PixelShuffleConnector
 from mmllm.connectors.qformer import QFormerConnector
 from mmllm.connectors.simple import AvgPoolConnector, LinearConnector, MLPConnector
-from mmllm.contracts import Connector
+from mmllm.connectors.token_merge import TokenMergeConnector
+from mmllm.contracts import Connector, Injector
 from mmllm.errors import UserError, unknown
 from mmllm.registry import get
 
 __all__ = [
+    "AdaptivePoolConnector",
     "AvgPoolConnector",
+    "CAbstractorConnector",
     "Connector",
     "FolderConnector",
+    "GatedInjector",
     "GridMLPConnector",
+    "Injector",
     "LinearConnector",
     "MLPConnector",
+    "PerceiverConnector",
+    "PixelShuffleConnector",
     "QFormerConnector",
+    "TokenMergeConnector",
     "build_connector",
+    "build_injector",
     "load_connector_folder",
 ]
 
@@ -34,24 +48,37 @@ def build_connector(config: dict[str, Any]) -> Connector:
     """Makes a connector with fresh weights.
 
     Args:
-        config: ``{"type": "linear" | "mlp" | "grid_mlp" | "qformer" | "avg_pool" | ..., "in_dim", "out_dim", ...}``;
+        config: ``{"type": "linear" | "mlp" | "grid_mlp" | "perceiver" | ..., "in_dim", "out_dim", ...}``;
             the other keys are the arguments of that connector's class.
 
     Raises:
         UserError: unknown type, unknown or missing key, an impossible value.
     """
+    return _build("connector", config, "mlp")
+
+
+def build_injector(config: dict[str, Any]) -> Injector:
+    """Makes an injector with fresh weights, from ``{"type": "gated_cross_attention", "dim", "layers", ...}``.
+
+    Raises:
+        UserError: unknown type, unknown or missing key, an impossible value.
+    """
+    return _build("injector", config, "gated_cross_attention")
+
+
+def _build(what: str, config: dict[str, Any], example: str) -> Any:
     settings = dict(config)
     if "type" not in settings:
-        raise UserError("missing key 'type'", "connector", "for instance type: mlp")
+        raise UserError("missing key 'type'", what, f"for instance type: {example}")
     kind = settings.pop("type")
-    cls = get("connector", kind)
+    cls = get(what, kind)
     valid = list(inspect.signature(cls).parameters)
     for key in settings:
         if key not in valid:
-            raise unknown("connector key", key, ["type", *valid], f"connector '{kind}'")
+            raise unknown(f"{what} key", key, ["type", *valid], f"{what} '{kind}'")
     for key, p in inspect.signature(cls).parameters.items():
         if p.default is inspect.Parameter.empty and key not in settings:
-            raise UserError(f"missing key '{key}'", f"connector '{kind}'")
+            raise UserError(f"missing key '{key}'", f"{what} '{kind}'")
     return cls(**settings)
 
 

@@ -31,7 +31,7 @@ class LinearConnector(FolderConnector):
         return self.count(grid_or_length)
 
 
-class _MLP(nn.Sequential):
+class MLP(nn.Sequential):
     """LayerNorm?, then ``depth`` linear layers with GELU between."""
 
     def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, depth: int, norm: bool, dropout: float):
@@ -61,7 +61,7 @@ class MLPConnector(FolderConnector):
         super().__init__(
             "mlp", in_dim, out_dim, hidden_dim=hidden_dim or out_dim, depth=depth, norm=norm, dropout=dropout
         )
-        self.mlp = _MLP(in_dim, hidden_dim or out_dim, out_dim, depth, norm, dropout)
+        self.mlp = MLP(in_dim, hidden_dim or out_dim, out_dim, depth, norm, dropout)
 
     def forward(self, features: Features, text: Features | None = None) -> tuple[Tensor, Tensor]:
         tokens, mask = self.content(features)
@@ -105,7 +105,7 @@ class AvgPoolConnector(FolderConnector):
             dropout=dropout,
         )
         self.stride, self.fixed = stride, tokens
-        self.mlp = _MLP(in_dim, hidden_dim or out_dim, out_dim, depth, norm, dropout)
+        self.mlp = MLP(in_dim, hidden_dim or out_dim, out_dim, depth, norm, dropout)
 
     def forward(self, features: Features, text: Features | None = None) -> tuple[Tensor, Tensor]:
         tokens, mask = self.content(features)

@@ -31,6 +31,11 @@ def captions_of(record: dict[str, Any], languages: Sequence[str] | None = None) 
     return found
 
 
+def label_of(record: dict[str, Any]) -> str:
+    """A record's label, or its first text."""
+    return str(record.get("label") or next((t for _, t in captions_of(record)), ""))
+
+
 @dataclass
 class CaptionSampler:
     """Which caption of each item of a batch is used.

@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 
-import mmllm.data.box_numbers  # noqa: F401  (registers its recipe)
-import mmllm.data.placed  # noqa: F401  (registers its recipe)
+import mmllm.data.box_numbers  # noqa: F401  (registers its recipes)
+import mmllm.data.languages  # noqa: F401  (registers its recipes)
+import mmllm.data.noise  # noqa: F401  (registers its recipes)
+import mmllm.data.placed  # noqa: F401  (registers its recipes)
+import mmllm.data.sequences  # noqa: F401  (registers its recipes)
 from mmllm.contracts import DataRecipe
-from mmllm.data.captions import captions_of
+from mmllm.data.captions import label_of
 from mmllm.data.questions import with_article
 from mmllm.data.records import MEDIA_FIELDS, Located
 from mmllm.registry import make, register
@@ -109,11 +112,6 @@ class Without(DataRecipe):
             has = [f for f in self.fields if record.get(f)]
             loses, which = rng.random() < self.share, int(rng.integers(max(len(has), 1)))
             yield {k: v for k, v in record.items() if k != has[which]} if loses and has else record
-
-
-def label_of(record: dict[str, Any]) -> str:
-    """A record's label, or its first text."""
-    return str(record.get("label") or next((t for _, t in captions_of(record)), ""))
 
 
 @register("data_recipe", "names_of_boxes")

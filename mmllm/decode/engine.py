@@ -292,6 +292,8 @@ def _distinct_tokens(group: list[Prompt]) -> int:
 
 def _full_attention(model: Any) -> bool:
     """True when every layer attends to all tokens before it, so that branches can share a prefix."""
+    if getattr(model, "injector", None) is not None or getattr(model, "takes_text", False):
+        return False  # its media depend on the whole row, and go beside the cache that the model returns
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
     if kinds:

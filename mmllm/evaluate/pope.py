@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import permutations
@@ -14,13 +13,14 @@ import numpy as np
 
 from mmllm.data.questions import exists, with_article
 from mmllm.errors import UserError, unknown
+from mmllm.evaluate.benchmarks.parsers import yes_no_exact, yes_no_official, yes_no_word
 from mmllm.evaluate.stats import auc_interval, best_threshold
 from mmllm.evaluate.tasks import EvalTask, Row, Sample, pooled_figures
 from mmllm.registry import register
 from mmllm.report.figures import Figure
 
 KINDS = ("random", "popular", "adversarial")
-STYLES = ("official", "lmms", "strict")
+RULES = {"official": yes_no_official, "lmms": yes_no_exact, "strict": yes_no_word}
 
 
 def labels_of(scene: dict[str, Any]) -> list[str]:
@@ -115,16 +115,9 @@ def parse_yes_no(text: str, style: str = "strict") -> str | None:
     Raises:
         UserError: unknown style.
     """
-    if style == "official":
-        words = text.split(".")[0].replace(",", "").split(" ")
-        return "no" if {"No", "not", "no"} & set(words) else "yes"
-    if style == "lmms":
-        bare = text.lower().strip().rstrip(".")
-        return bare if bare in ("yes", "no") else None
-    if style == "strict":
-        found = {w for w in re.findall(r"[a-z']+", text.lower()) if w in ("yes", "no")}
-        return found.pop() if len(found) == 1 else None
-    raise unknown("answer style", style, STYLES)
+    if style in RULES:
+        return RULES[style](text)
+    raise unknown("answer style", style, RULES)
 
 
 def yes_no_metrics(answers: Sequence[str | None], labels: Sequence[str]) -> dict[str, float]:

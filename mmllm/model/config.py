@@ -14,6 +14,8 @@ class MMLLMConfig(PreTrainedConfig):
         text_config: config of the LLM (dict with ``model_type``, or a config object).
         vision_config, audio_config: ``Tower.to_config()`` of the towers; None where the model has no such tower.
         vision_connector, audio_connector: ``Connector.to_config()``.
+        injector: ``Injector.to_config()``, where media also reach the LLM through layers inside it.
+        turn_token_ids: special tokens that part the turns of a conversation, for connectors that see the question.
         image_token_id, audio_token_id: the placeholder tokens ``<image>`` and ``<audio>`` in ``input_ids``.
         image_seq_length: tokens of one picture in the LLM; 0 without a vision tower.
         tie_word_embeddings: as in the LLM's own config.
@@ -27,6 +29,8 @@ class MMLLMConfig(PreTrainedConfig):
     audio_config: dict[str, Any] | None = None
     vision_connector: dict[str, Any] | None = None
     audio_connector: dict[str, Any] | None = None
+    injector: dict[str, Any] | None = None
+    turn_token_ids: list[int] | None = None
     image_token_id: int | None = None
     audio_token_id: int | None = None
     image_seq_length: int = 0

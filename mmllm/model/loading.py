@@ -11,11 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from mmllm.blocks.compute import fast_dtype
-from mmllm.connectors import build_connector
+from mmllm.connectors import build_connector, build_injector
 from mmllm.contracts import Connector, Tower
 from mmllm.errors import UserError
 from mmllm.model.chat_template import AUDIO_TOKEN, IMAGE_TOKEN
 from mmllm.model.config import MMLLMConfig
+from mmllm.model.injection import decoder_layers
 from mmllm.model.modeling import MMLLMForConditionalGeneration
 from mmllm.model.processor import MMLLMProcessor
 
@@ -47,6 +48,7 @@ def build_model(
     audio_tower: Tower | None = None,
     connectors: dict[str, Connector | dict[str, Any] | None] | None = None,
     dtype: torch.dtype | None = None,
+    injector: dict[str, Any] | None = None,
 ) -> tuple[MMLLMForConditionalGeneration, MMLLMProcessor]:
     """Joins an LLM, towers and connectors into one model with its processor.
 
@@ -55,6 +57,7 @@ def build_model(
         connectors: "vision" and "audio" -> a Connector or a config for one (``in_dim`` and ``out_dim`` are filled in);
             without an entry a tower gets ``grid_mlp`` when its tokens lie on a grid, else ``mlp``.
         dtype: of the LLM; None takes ``fast_dtype()``. Towers and connectors are float32.
+        injector: config of layers inside the LLM (``dim`` and ``layers`` are filled in), see ``add_injector``.
 
     The tokenizer gets the placeholder tokens; their embeddings (the mean of the others) are never read, since media
     tokens take their places.
@@ -96,7 +99,50 @@ def build_model(
         audio_connector=config.audio_connector,
     )
     whole.generation_config = _generation_config(model, processor)
+    if whole.takes_text:
+        config.turn_token_ids = turn_tokens(processor)
+    if injector:
+        add_injector(whole, processor, injector)
     return whole.eval(), processor
+
+
+def add_injector(model: MMLLMForConditionalGeneration, processor: MMLLMProcessor, settings: dict[str, Any]) -> None:
+    """Gives a model layers inside the LLM through which media reach it; its logits stay as they are, bit for bit.
+
+    With ``in_place: false``, the default of Flamingo's kind, a medium is one placeholder token from now on, and the
+    processor makes its inputs so.
+
+    Raises:
+        UserError: an impossible setting, or a model that has an injector already.
+    """
+    if model.injector is not None:
+        raise UserError("this model has an injector already", "injector", "leave out injector")
+    layers, width = decoder_layers(model.language_model), model.get_input_embeddings().weight.shape[1]
+    model.injector = build_injector({**settings, "dim": width, "layers": len(layers)}).float()
+    model.config.injector = model.injector.to_config()
+    if not model.injector.in_place:
+        processor.media_in_place = False
+        processor.image_seq_length = model.config.image_seq_length = min(processor.image_seq_length, 1)
+
+
+def turn_tokens(processor: MMLLMProcessor) -> list[int]:
+    """The special tokens that part the turns of the chat template, and padding.
+
+    Raises:
+        UserError: none stands between a question and its answer, so the words of a turn can't be told.
+    """
+    tokenizer = processor.tokenizer
+    media = {processor.image_token_id, processor.audio_token_id}
+    ids = sorted({*tokenizer.all_special_ids, processor.pad_id} - media)
+    text = processor.render([{"role": "user", "content": "QMARK"}, {"role": "assistant", "content": "AMARK"}])
+    between = text.split("QMARK")[-1].split("AMARK")[0]
+    if set(processor.text_ids(between)).isdisjoint(ids):
+        raise UserError(
+            "the chat template has no special token between question and answer",
+            "connector 'qformer'",
+            "leave out text_dim, or use an LLM with such a template",
+        )
+    return ids
 
 
 def _connector(tower: Tower, wanted: Connector | dict[str, Any] | None, width: int) -> Connector:

@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mmllm.blocks.head import logits_only_at
-from mmllm.connectors import build_connector
-from mmllm.contracts import Features
+from mmllm.connectors import build_connector, build_injector
 from mmllm.data.conversations import branch_mask
 from mmllm.errors import UserError
 from mmllm.model.config import MMLLMConfig
+from mmllm.model.injection import KEY, after_injection, injected, watch_layers
+from mmllm.model.media import MediaParts, Placed
 from mmllm.towers import build_tower
 
 MEDIA_KEYS = (
@@ -28,8 +29,8 @@ MEDIA_KEYS = (
 )
 
 
-class MMLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """Parts: ``vision_tower``, ``audio_tower`` and their ``*_connector`` (each may be None), ``language_model``.
+class MMLLMForConditionalGeneration(MediaParts, PreTrainedModel, GenerationMixin):
+    """Parts: ``language_model`` and ``vision_tower``, ``audio_tower``, their connectors and ``injector``, or None.
 
     Towers and connectors stay in float32 whatever the LLM's dtype: they are small, BatchNorm and log-mel want it, and
     trained numbers and served numbers are then the same.
@@ -44,7 +45,7 @@ class MMLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_attention_backend = True
     supports_gradient_checkpointing = True
     language_model: Any  # any causal LM of transformers, or peft's wrapper around one
-    _keep_in_fp32_modules_strict = {"vision_tower", "audio_tower", "vision_connector", "audio_connector"}
+    _keep_in_fp32_modules_strict = {"vision_tower", "audio_tower", "vision_connector", "audio_connector", "injector"}
 
     def __init__(self, config: MMLLMConfig, language_model: nn.Module | None = None):
         super().__init__(config)
@@ -56,6 +57,8 @@ class MMLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.language_model = (
             AutoModelForCausalLM.from_config(config.text_config) if language_model is None else language_model
         )
+        self.injector = build_injector(config.injector) if config.injector else None
+        watch_layers(self.language_model)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -87,62 +90,6 @@ class MMLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_output_embeddings(value)
-
-    # ---- media to LLM tokens ----------------------------------------------------------------------------------------
-
-    def get_image_features(
-        self, pixel_values: Tensor | None = None, image_tower_tokens: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Pictures [n, 3, H, W], or their cached tower tokens [n, N, D] -> LLM tokens [n, M, H] and mask [n, M]."""
-        if self.vision_connector is None or self.vision_tower is None:
-            raise UserError("this model has no vision tower", do="use a model that was trained with pictures")
-        if image_tower_tokens is not None:
-            features = _cached(image_tower_tokens, None, getattr(self.vision_tower, "grid", None))
-        else:
-            features = self.vision_tower(pixel_values=pixel_values)
-        return self.vision_connector(features)
-
-    def get_audio_features(
-        self,
-        input_features: Tensor | None = None,
-        feature_attention_mask: Tensor | None = None,
-        audio_tower_tokens: Tensor | None = None,
-        audio_tower_mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Sounds [n, F, T] with mask [n, T], or their cached tower tokens [n, N, D] -> LLM tokens and mask [n, M]."""
-        if self.audio_connector is None or self.audio_tower is None:
-            raise UserError("this model has no audio tower", do="use a model that was tuned with sounds")
-        if audio_tower_tokens is not None:
-            features = _cached(audio_tower_tokens, audio_tower_mask, getattr(self.audio_tower, "grid", None))
-        else:
-            features = self.audio_tower(input_features=input_features, feature_attention_mask=feature_attention_mask)
-        return self.audio_connector(features)
-
-    def embed(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor | None = None,
-        input_features: Tensor | None = None,
-        feature_attention_mask: Tensor | None = None,
-        image_tower_tokens: Tensor | None = None,
-        audio_tower_tokens: Tensor | None = None,
-        audio_tower_mask: Tensor | None = None,
-    ) -> Tensor:
-        """Token ids [B, L] and the media of the whole batch in order -> inputs_embeds [B, L, H].
-
-        Raises:
-            UserError: the number of placeholders is not the number of media tokens.
-        """
-        embeds = self.get_input_embeddings()(input_ids)
-        if pixel_values is not None or image_tower_tokens is not None:
-            tokens, mask = self.get_image_features(pixel_values, image_tower_tokens)
-            embeds = _place(embeds, input_ids == self.config.image_token_id, tokens, mask, "picture")
-        if input_features is not None or audio_tower_tokens is not None:
-            tokens, mask = self.get_audio_features(
-                input_features, feature_attention_mask, audio_tower_tokens, audio_tower_mask
-            )
-            embeds = _place(embeds, input_ids == self.config.audio_token_id, tokens, mask, "sound")
-        return embeds
 
     # ---- forward ----------------------------------------------------------------------------------------------------
 
@@ -178,10 +125,13 @@ class MMLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             logits_to_keep: as in transformers; without labels.
             num_items: number (or weight) of labelled tokens, for the training loop; not used here.
         """
+        placed: list[Placed] = []
+        if branch_ids is not None and self.takes_text:
+            raise UserError("a connector that sees the question takes one question a row", do="set branches_per_row: 1")
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("give input_ids or inputs_embeds")
-            inputs_embeds = self.embed(
+            inputs_embeds, placed = self.embed_with_media(
                 input_ids,
                 pixel_values,
                 input_features,
@@ -192,7 +142,7 @@ class MMLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         if branch_ids is not None:
             attention_mask = branch_mask(branch_ids, inputs_embeds.dtype)
-        run = dict(
+        run: dict[str, Any] = dict(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -200,54 +150,29 @@ class MMLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             use_cache=use_cache if labels is None else False,
             **kwargs,
         )
+        media = None
+        if self.injector is not None:
+            media = run[KEY] = injected(self.injector, placed, inputs_embeds, past_key_values, branch_ids)
         if labels is None:
-            return self.language_model(**run, logits_to_keep=logits_to_keep)
+            out = self.language_model(**run, logits_to_keep=logits_to_keep)
+            after_injection(self, media, out)
+            return out
         asked = labels[:, 1:] != -100
         targets = labels[:, 1:][asked]
         with logits_only_at(self, *asked.nonzero(as_tuple=True)):
             out = self.language_model(**run)
+        after_injection(self, media, out)
         # No labelled token (all answers cut away): a zero that still has a gradient path, so no process waits.
         loss = inputs_embeds.float().sum() * 0
         if len(targets):
             each = F.cross_entropy(out.logits[0].float(), targets, reduction="none")
             share = torch.ones_like(each) if label_weights is None else label_weights[:, 1:][asked].to(each)
             loss = (each * share).sum() / share.sum()
-        out.loss = loss + self._unused_connectors(image_tower_tokens, pixel_values, audio_tower_tokens, input_features)
+        out.loss = loss + self.unused_connectors(image_tower_tokens, pixel_values, audio_tower_tokens, input_features)
         return out
-
-    def _unused_connectors(self, *media: Tensor | None) -> Tensor | float:
-        """With several processes: zero, from the parameters of a connector whose modality this batch lacks.
-
-        Otherwise a process without a picture would give no gradient where the others wait for one.
-        """
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return 0.0
-        pictures, sounds = any(m is not None for m in media[:2]), any(m is not None for m in media[2:])
-        parts = [(self.vision_connector, pictures), (self.audio_connector, sounds)]
-        parts += [(self.vision_tower, pictures), (self.audio_tower, sounds)]
-        unused = [p for part, there in parts if part is not None and not there for p in part.parameters()]
-        return sum((p.float().sum() * 0 for p in unused if p.requires_grad), torch.zeros(()))
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         media = {k: kwargs.pop(k) for k in MEDIA_KEYS if k in kwargs}
         first = kwargs.get("is_first_iteration", False) or not kwargs.get("use_cache", True)
         inputs = GenerationMixin.prepare_inputs_for_generation(self, input_ids, **kwargs)  # type: ignore[attr-defined]
         return {**inputs, **media} if first else inputs
-
-
-def _cached(tokens: Tensor, mask: Tensor | None, grid: tuple[int, int, int] | None) -> Features:
-    """Features from stored tower tokens [n, N, D]; towers give class tokens no place in the cache."""
-    if mask is None:
-        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-    return Features(tokens, mask.bool(), tokens[:, 0], grid=grid)
-
-
-def _place(embeds: Tensor, where: Tensor, tokens: Tensor, mask: Tensor, what: str) -> Tensor:
-    """Puts the valid tokens [n, M, H] into embeds [B, L, H] where the placeholder mask [B, L] is True, in order."""
-    flat = tokens[mask].to(embeds.dtype)
-    if int(where.sum()) != len(flat):
-        raise UserError(
-            f"the text has {int(where.sum())} placeholders for {what} tokens, the {what}s give {len(flat)}",
-            do="make the inputs with the model's own processor",
-        )
-    return embeds.masked_scatter(where[..., None].expand_as(embeds), flat)

@@ -30,6 +30,7 @@ class MMLLMProcessor(ProcessorMixin):
     Args:
         image_seq_length: LLM tokens of one picture.
         audio_tower, audio_connector: their configs, from which the number of tokens of a sound is worked out.
+        media_in_place: False where a medium takes one placeholder token and reaches the LLM through an injector.
     """
 
     model_input_names = [  # type: ignore[assignment]
@@ -45,7 +46,9 @@ class MMLLMProcessor(ProcessorMixin):
         image_seq_length: int = 0,
         audio_tower: dict[str, Any] | None = None,
         audio_connector: dict[str, Any] | None = None,
+        media_in_place: bool = True,
     ):
+        self.media_in_place = media_in_place
         self.image_seq_length, self.audio_tower, self.audio_connector = image_seq_length, audio_tower, audio_connector
         self.image_token, self.audio_token = IMAGE_TOKEN, AUDIO_TOKEN
         self.image_token_id: Any = None
@@ -94,6 +97,8 @@ class MMLLMProcessor(ProcessorMixin):
 
     def num_audio_tokens(self, frames: int) -> int:
         """LLM tokens of a sound with ``frames`` valid input frames."""
+        if not self.media_in_place:
+            return 1
         if self._audio_modules is None:
             if self.audio_tower is None or self.audio_connector is None:
                 raise UserError("this model has no audio tower", do="use a model that was tuned with sounds")

@@ -80,6 +80,20 @@ def saved_dtype(folder: str | Path) -> str:
     return "float32"
 
 
+def check_servable(config: dict[str, Any], folder: str | Path) -> None:
+    """Refuses what a server cannot do: it gives media to the LLM's input alone, without the words around them.
+
+    Raises:
+        UserError: a model with an injector, or with a connector that sees the question.
+    """
+    do = "answer with mmllm chat, or generate() of transformers"
+    if config.get("injector"):
+        raise UserError("vLLM cannot run layers that are injected into the LLM", folder, do)
+    for name in ("vision_connector", "audio_connector"):
+        if (config.get(name) or {}).get("text_dim"):
+            raise UserError("vLLM gives a connector no question to see", folder, do)
+
+
 def modalities(config: dict[str, Any]) -> list[str]:
     """Which media a model takes: "image", "audio", both or none."""
     return [m for m, part in (("image", "vision_config"), ("audio", "audio_config")) if config.get(part)]

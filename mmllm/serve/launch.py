@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mmllm.errors import UserError
-from mmllm.serve.folder import modalities, model_folder, read_config, saved_dtype
+from mmllm.serve.folder import check_servable, modalities, model_folder, read_config, saved_dtype
 
 # The HTTP server's module moved in vLLM 0.32; the first that exists is started. The `vllm` script itself does not work
 # with the CPU wheel, whose package has another name.
@@ -213,6 +213,7 @@ class Server:
         say: Callable[[float], None] | None = None,
     ):
         self.folder = model_folder(model)
+        check_servable(read_config(self.folder), self.folder)
         self.vllm = find_vllm(python)
         self.host, self.port = host, port or free_port(host)
         self.name = name or Path(model).resolve().name

@@ -40,6 +40,7 @@ from mmllm.connectors import build_connector
 from mmllm.model.chat_template import AUDIO_TOKEN, IMAGE_TOKEN
 from mmllm.model.config import MMLLMConfig
 from mmllm.model.processor import MMLLMProcessor
+from mmllm.serve.folder import check_servable
 from mmllm.towers import build_tower
 
 PLACEHOLDERS = {"image": IMAGE_TOKEN, "audio": AUDIO_TOKEN}
@@ -174,6 +175,7 @@ class MMLLMForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP, S
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         config: Any = vllm_config.model_config.hf_config
+        check_servable(config.to_dict(), vllm_config.model_config.model)
         self.config, self.dtype = config, vllm_config.model_config.dtype
         text, vision, audio = config.text_config, config.vision_config, config.audio_config
         self.configure_mm_token_handling(text.vocab_size, [config.image_token_id, config.audio_token_id])

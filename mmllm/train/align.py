@@ -45,6 +45,7 @@ class AlignStage:
         listed = "rejected.jsonl" if rank() == 0 else f"rejected-{rank()}.jsonl"
         self.rejected = Rejected(run.path / listed if run is not None else None, config.data.max_rejected)
         self.vocabularies: dict[str, dict[str, Any]] = {}
+        self.steps: dict[str, Any] = {}  # phase -> its AlignStep, whose objectives and hooks measures may ask
         self.nearest: list[dict[str, Any]] = []  # queries with their nearest names, for the run's page
         self.vocabulary_names: dict[str, list[str]] = {}
         self.train_dtype = fast_dtype(self.device) if config.dtype == "auto" else getattr(torch, config.dtype)
@@ -127,7 +128,7 @@ class AlignStage:
         """Trains one phase; returns the trainer's summary."""
         import torch
 
-        from mmllm.align.bank import EpochHook
+        from mmllm.align.bank import EpochHook, prepare
         from mmllm.align.step import AlignStep
         from mmllm.contracts import Objective
         from mmllm.train.align_measures import MeasureHook
@@ -144,6 +145,8 @@ class AlignStage:
         trained = groups(self.config, self.model, phase, step)
         step.teachers.update(teachers(self.model, parts))
         sources = self._sources(number, phase, parts, step)
+        prepare(step, sources)
+        self.steps[phase.name] = step
         section = {"bf16": self.train_dtype == torch.bfloat16, **phase.train}
         accumulation = int(section.get("gradient_accumulation_steps", self.config.train.gradient_accumulation_steps))
 

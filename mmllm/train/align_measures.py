@@ -170,7 +170,7 @@ def text_embeddings(stage: AlignStage, stream: str, texts: list[list[str]]) -> T
     pooled = pooled_texts(stage.model.tower(stream), [t for group in texts for t in group])
     means = torch.stack([part.mean(0) for part in pooled.split([len(g) for g in texts])])
     head = stage.model.heads[stage.model.owner(stream, "head")]
-    return F.normalize(head(means.to(next(head.parameters()).device)).float(), dim=-1).cpu()
+    return F.normalize(head(means.to(stage.device)).float(), dim=-1).cpu()
 
 
 @register("measure", "retrieval")

@@ -52,7 +52,18 @@ def groups(config: AlignConfig, model: AlignModel, phase: PhaseConfig, step: Ali
         own = [p for p in o.parameters() if p.requires_grad]
         made.append((step.terms[i].name, own, base * o.lr_multiplier))
     model.active = set(wanted)
-    return [g for g in made if g[1]]
+    return [g for g in once(made) if g[1]]
+
+
+def once(made: list[Group]) -> list[Group]:
+    """The groups with each parameter in the first that has it: parts may share some (a codebook)."""
+    seen: set[int] = set()
+    out: list[Group] = []
+    for name, params, rate in made:
+        fresh = [p for p in params if id(p) not in seen]
+        seen |= {id(p) for p in fresh}
+        out.append((name, fresh, rate))
+    return out
 
 
 def uses(model: AlignModel, stream: str, kinds: set[str]) -> set[str]:

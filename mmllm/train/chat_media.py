@@ -75,6 +75,8 @@ class ChatMedia:
 
     def audio_tokens(self, source: Any) -> int:
         """LLM tokens of a sound; counted once."""
+        if not self.processor.media_in_place:
+            return 1
         if source not in self._lengths:
             if "audio" in self.index:
                 row = self.index["audio"][source]

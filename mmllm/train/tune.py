@@ -36,13 +36,16 @@ class ModalitySection(StrictModel):
 
 
 class TuneTrain(TrainSection):
-    """Which parts train, beside the usual names; ``learning_rates`` per part: connector, llm, vision, audio."""
+    """Which parts train, beside the usual names; ``learning_rates`` per part, under the parts' names here."""
 
     connector: Literal["full", "none"] = "full"
+    injector: Literal["full", "none"] = "full"
     llm: Literal["none", "lora", "full"] = "none"
     vision: Literal["none", "full"] = "none"
     audio: Literal["none", "full"] = "none"
-    learning_rates: dict[Literal["connector", "llm", "vision", "audio"], float] = Field(default_factory=dict)
+    learning_rates: dict[Literal["connector", "injector", "llm", "vision", "audio"], float] = Field(
+        default_factory=dict
+    )
 
 
 class TuneConfig(StrictModel):
@@ -57,6 +60,8 @@ class TuneConfig(StrictModel):
         max_length: longest row in tokens.
         length_normalization: a token of an answer of n tokens weighs n^-this in the loss; 0: tokens alike, 1: answers.
         dtype: of the LLM; auto takes bfloat16 where this machine is faster with it (measured), else float32.
+        injector: layers inside the LLM through which media reach it, neutral at the start: ``{type:
+            gated_cross_attention, every: 4}`` (Flamingo); see ``GatedInjector``.
         copies: colour-changed copies of each picture's features beside the plain one (frozen vision tower).
     """
 
@@ -72,6 +77,7 @@ class TuneConfig(StrictModel):
     limit: int | None = Field(default=None, ge=1)
     copies: int = Field(default=0, ge=0)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    injector: dict[str, Any] | None = None
     lora: LoraSection = Field(default_factory=LoraSection)
     train: TuneTrain = Field(default_factory=TuneTrain)
 
@@ -125,6 +131,9 @@ def train_and_save(stage: str, config: TuneConfig, records: list[dict[str, Any]]
     dtype = choose_dtype(config, run)
     model, processor = make_model(config, dtype)
     short_row_attention(model, config.max_length)
+    if model.takes_text and config.branches_per_row != 1 and any(len(r.get("branches") or []) > 1 for r in records):
+        where, do = "branches_per_row", "set branches_per_row: 1"
+        raise UserError("a connector that sees the question takes one question a row", where, do)
     groups = adapt(model, config)
     if is_main():
         print(f"{len(records):,} conversations; LLM computes in {str(dtype).split('.')[-1]}", flush=True)

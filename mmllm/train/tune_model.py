@@ -16,6 +16,7 @@ from mmllm.data.models import resolve_model
 from mmllm.errors import UserError
 from mmllm.model import MMLLMForConditionalGeneration, MMLLMProcessor, build_model, load_model
 from mmllm.model.fast_lora import fuse_lora
+from mmllm.model.loading import add_injector
 from mmllm.towers import load_tower
 from mmllm.towers.training import merged
 from mmllm.train.params import ParamGroup, set_trainable
@@ -46,6 +47,8 @@ def make_model(config: TuneConfig, dtype: torch.dtype) -> tuple[MMLLMForConditio
             section: ModalitySection = getattr(config, name)
             if section.connector:
                 raise UserError("a trained connector can't be changed", f"{name}.connector", "start from the align run")
+        if config.injector:
+            add_injector(model, processor, config.injector)
         return model, processor
     if aligned and is_run:
         final_folder(init, ["align"])  # type: ignore[arg-type]  (says so when it has not finished)
@@ -55,7 +58,8 @@ def make_model(config: TuneConfig, dtype: torch.dtype) -> tuple[MMLLMForConditio
         towers[name], connectors[name] = _parts(name, getattr(config, name), str(init) if aligned else None)
     if not any(towers.values()):
         raise UserError("no tower", "config", "give init, or vision.tower or audio.tower")
-    return build_model(resolve_model(_llm(config, init)), towers["vision"], towers["audio"], connectors, dtype)
+    llm = resolve_model(_llm(config, init))
+    return build_model(llm, towers["vision"], towers["audio"], connectors, dtype, config.injector)
 
 
 def _llm(config: TuneConfig, init: Path | None) -> str:
@@ -134,6 +138,8 @@ def adapt(model: MMLLMForConditionalGeneration, config: TuneConfig) -> list[Para
     if train.connector == "full":
         params = part("vision_connector") + part("audio_connector")
         groups.append(ParamGroup("connector", params, rate("connector")))
+    if train.injector == "full" and model.injector is not None:
+        groups.append(ParamGroup("injector", list(model.injector.parameters()), rate("injector")))
     if train.llm == "lora":
         groups.append(ParamGroup("llm.lora", add_lora(model, config), rate("llm")))
     elif train.llm == "full":

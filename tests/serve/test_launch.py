@@ -16,7 +16,7 @@ from mmllm.errors import UserError
 from mmllm.serve.client import as_openai, audio_part
 from mmllm.serve.export import export_model
 from mmllm.serve.folder import modalities, model_folder, read_config
-from mmllm.serve.launch import VLLM, arguments, check_port, find_vllm, free_port, resolve_dtype
+from mmllm.serve.launch import VLLM, Server, arguments, check_port, find_vllm, free_port, resolve_dtype
 
 
 def cpu_vllm() -> VLLM:
@@ -132,3 +132,16 @@ def test_messages_keep_their_order_and_text():
     [message] = as_openai([{"role": "user", "content": [sound, text, sound]}])
     assert [p["type"] for p in message["content"]] == ["input_audio", "text", "input_audio"]
     assert as_openai([{"role": "user", "content": "plain"}]) == [{"role": "user", "content": "plain"}]
+
+
+@pytest.mark.parametrize(
+    "part, word", [({"injector": {"type": "x"}}, "injected"), ({"vision_connector": {"text_dim": 8}}, "question")]
+)
+def test_models_whose_media_reach_more_than_the_llms_input_are_refused(tmp_path, tiny_folder, part, word):
+    for file in tiny_folder.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    config = json.loads((tiny_folder / "config.json").read_text()) | part
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=word):
+        Server(tmp_path)

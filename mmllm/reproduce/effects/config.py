@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from mmllm.config import PACKAGED, StrictModel, load_config
+from mmllm.config import StrictModel, find_config, load_config
 from mmllm.errors import UserError, unknown
 
 FOLDER = "effects"
@@ -75,15 +75,15 @@ def effect(slug: str) -> EffectConfig:
     Raises:
         UserError: no such method, or no config for it.
     """
+    return load_config(effect_file(slug), (), EffectConfig, resolve=False)  # seeds come later
+
+
+def effect_file(slug: str) -> Path:
+    """Where the effect config of a method stands.
+
+    Raises:
+        UserError: no such method, or no config for it.
+    """
     from mmllm.methods import card
 
-    card(slug)
-    return load_config(f"configs/{FOLDER}/{slug}.yaml", (), EffectConfig, resolve=False)  # seeds come later
-
-
-def with_effect() -> list[str]:
-    """Slugs of the methods that have an effect config, in the order of the catalogue."""
-    from mmllm.methods import cards
-
-    there = {p.stem for p in Path(PACKAGED / FOLDER).glob("*.yaml")}
-    return [c.slug for c in cards() if c.slug in there]
+    return card(slug).effect or find_config(f"configs/{FOLDER}/{slug}.yaml")

@@ -10,9 +10,8 @@ from xml.sax.saxutils import escape
 
 from mmllm.methods import cards
 from mmllm.report.figures import Figure, machine, write_figures
+from mmllm.reproduce.effects.catalogue import WORDS
 from mmllm.reproduce.effects.run import Result
-
-WORDS = {"shown": "shown", "noise": "within noise", "opposite": "opposite"}
 
 
 def figure_of(result: Result) -> Figure:

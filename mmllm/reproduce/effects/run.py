@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmllm.errors import UserError
-from mmllm.methods import FOLDER, module_name
-from mmllm.reproduce.effects.config import EffectConfig, effect
+from mmllm.methods import card
+from mmllm.reproduce.effects.config import EffectConfig, effect, effect_file
 from mmllm.reproduce.effects.verdict import Outcome, judge
 from mmllm.reproduce.ledger import Ledger, seconds
 
@@ -71,7 +71,7 @@ class Result:
                 if metric not in held:
                     raise UserError(
                         f"no figure '{metric}' in arm '{arm}', seed {seed}",
-                        f"configs/effects/{self.slug}.yaml",
+                        effect_file(self.slug),
                         f"the runs have: {', '.join(sorted(held))}",
                     )
                 out.setdefault(arm, []).append(held[metric])
@@ -136,10 +136,11 @@ def arm_jobs(slug: str, config: EffectConfig, seed: int, size: Size, offline: bo
     from mmllm.config import parse_config
     from mmllm.train.align_config import AlignConfig
 
-    code = hashlib.sha256((FOLDER / f"{module_name(slug)}.py").read_bytes()).hexdigest()[:16]
+    code = hashlib.sha256(card(slug).file.read_bytes()).hexdigest()[:16]
+    where = effect_file(slug)
     for arm in config.arms:
         settings = config.settings(arm, seed, size)
-        parse_config(settings, AlignConfig, f"configs/effects/{slug}.yaml, arm '{arm}'")
+        parse_config(settings, AlignConfig, f"{where}, arm '{arm}'")
         data = dataset_mark(str(settings.get("dataset", ".")), offline)
         yield Job(slug, arm, seed, settings, {"config": settings, "method": code, "data": data})
 
@@ -221,8 +222,9 @@ def _pool(jobs: int, threads: int) -> Iterator[ProcessPoolExecutor]:
     try:
         yield pool
     except BaseException:
+        processes = list((getattr(pool, "_processes", None) or {}).values())  # shutdown forgets them
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in list(getattr(pool, "_processes", {}).values()):
+        for process in processes:
             process.terminate()
         raise
     finally:
