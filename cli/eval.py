@@ -1,4 +1,4 @@
-"""`mmllm eval`: measures a model on a dataset's held-out part, with intervals, chance and controls."""
+"""`mmllm eval`: measures a model on a dataset's held-out part, or on benchmarks in their official layout."""
 
 from __future__ import annotations
 
@@ -14,9 +14,17 @@ ALL = "pope,caption,side,box,interleaved,hear,retrieval"
 @click.option("--model", type=click.Path(path_type=Path), help="Run folder (or model folder) of a tuned model.")
 @click.option("--align", type=click.Path(path_type=Path), help="Align run, for the task retrieval.")
 @click.option(
-    "--data", default="starter:full", show_default=True, help="Dataset folder, or starter:full, starter:fast."
+    "--data",
+    default="starter:full",
+    show_default=True,
+    help="Dataset folder, starter:full, starter:fast, or a folder with the files of benchmarks.",
 )
-@click.option("--tasks", help=f"Comma-separated; default: all that the given runs can answer, of {ALL}.")
+@click.option(
+    "--tasks",
+    help=f"Comma-separated: benchmarks (see --list), or of {ALL}, by default all that the given runs can answer.",
+)
+@click.option("--style", help="Prompt and parser of benchmarks: official, llava, lmms, ...; default: each one's first.")
+@click.option("--list", "listing", is_flag=True, help="Name the benchmarks, their styles and the files they need.")
 @click.option(
     "--decode",
     default="greedy",
@@ -27,6 +35,9 @@ ALL = "pope,caption,side,box,interleaved,hear,retrieval"
 @click.option(
     "--shuffled/--no-shuffled", default=True, show_default=True, help="Ask also about shuffled media (control)."
 )
+@click.option(
+    "--margins/--no-margins", default=True, show_default=True, help="Benchmarks: also score the choices, for the AUC."
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for results.json and predictions.jsonl.")
 def command(
@@ -34,22 +45,75 @@ def command(
     align: Path | None,
     data: str,
     tasks: str | None,
+    style: str | None,
+    listing: bool,
     decode: str,
     limit: int | None,
     shuffled: bool,
+    margins: bool,
     seed: int,
     out: Path | None,
 ) -> None:
     """Measure a model, with a 95 % interval, chance and a shuffled-media control beside every figure."""
     from mmllm.errors import UserError
-    from mmllm.evaluate.run import run_eval
     from mmllm.report.figures import print_figures
+
+    if listing:
+        list_benchmarks()
+        return
+    wanted = [t.strip() for t in tasks.split(",") if t.strip()] if tasks is not None else ALL.split(",")
+    line = " ".join(["mmllm", *sys.argv[1:]])
+    if tasks is not None and are_benchmarks(wanted, data, style):
+        from mmllm.evaluate.benchmarks.runner import run_benchmarks
+
+        if align is not None:
+            raise UserError("benchmarks ask a multimodal model, not an align run", "--align", "give --model RUN")
+        if model is None:
+            raise UserError("nothing to measure", do="give --model RUN")
+        figures = run_benchmarks(model, data, wanted, style, decode, limit, out, shuffled, seed, margins, command=line)
+        print_figures(figures, f"{model} on {data} in style {style or 'default'}, decoded {decode}")
+        return
+    from mmllm.evaluate.run import run_eval
 
     if model is None and align is None:
         raise UserError("nothing to measure", do="give --model RUN, --align RUN or both")
-    wanted = [t.strip() for t in tasks.split(",") if t.strip()] if tasks is not None else ALL.split(",")
+    if style is not None:
+        raise UserError("styles are for benchmarks", "--style", "leave it out, or name benchmarks: mmllm eval --list")
     if tasks is None:
         wanted = [t for t in wanted if (align if t == "retrieval" else model) is not None]
-    line = " ".join(["mmllm", *sys.argv[1:]])
     figures = run_eval(model, data, wanted, decode, limit, out, shuffled, align, seed, command=line)
     print_figures(figures, f"{model or align} on {data}, decoded {decode}")
+
+
+def are_benchmarks(wanted: list[str], data: str, style: str | None) -> bool:
+    """Whether the tasks are benchmarks in official files; a name of both kinds (pope) goes by the data folder.
+
+    Raises:
+        UserError: an unknown task, or tasks of both kinds together.
+    """
+    from mmllm.errors import UserError, unknown
+    from mmllm.evaluate.benchmarks import benchmark_names
+    from mmllm.evaluate.run import task_names
+
+    benchmarks, own = set(benchmark_names()), set(task_names())
+    for name in wanted:
+        if name not in benchmarks | own:
+            raise unknown("task", name, benchmarks | own, "--tasks")
+    only = [t for t in wanted if t not in own]
+    mixed = [t for t in wanted if t not in benchmarks]
+    if only and mixed:
+        raise UserError(f"{only[0]} is a benchmark and {mixed[0]} is not", "--tasks", "ask them in two commands")
+    official = Path(data).is_dir() and not (Path(data) / "dataset.json").is_file()
+    return bool(wanted) and not mixed and (bool(only) or style is not None or official)
+
+
+def list_benchmarks() -> None:
+    """One row per benchmark."""
+    from mmllm.evaluate.benchmarks import benchmark_names, get_benchmark
+    from mmllm.report.figures import print_table
+
+    rows = []
+    for name in benchmark_names():
+        cls = get_benchmark(name)
+        rows.append((name, ", ".join(cls.style_names()), cls.layout, cls.source))
+    print_table(("benchmark", "styles (the first is the default)", "files", "from"), rows)

@@ -16,7 +16,7 @@ from mmllm.report.figures import Figure, number, write_figures
 
 # (task, split, id) of an item.
 Key = tuple[str, str, str]
-SETTINGS = ("data", "seed", "limit")
+SETTINGS = ("data", "seed", "limit", "styles")
 COLUMNS = ("in percent", "A", "B", "A - B", "95 % interval", "n (clusters)", "McNemar p", "p", "p (Holm)", "")
 VERDICTS = {"a better": "A better", "b better": "B better", "within noise": "within the noise"}
 NAMED = 3
