@@ -4,7 +4,7 @@ slug: dreamlip
 number: 23
 shelf: 1
 kind: objective
-config: "objectives: [{type: dreamlip, options: {pair: [image, text]}}]  # captions: all, and a connector for image"
+config: "objectives: [{type: dreamlip, options: {pair: [image, text]}}]  # with captions: all, a connector for image"
 left_out: long captions written by a multimodal language model; the source's captions, or its boxes' names, serve.
 differs: the released loss reads texts that lie slot by slot as if they lay item by item, so that a caption is grouped
   over another item's patches; each text has its own item here.

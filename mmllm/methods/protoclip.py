@@ -117,7 +117,7 @@ class ProtoCLIP(Objective):
 
     @torch.no_grad()
     def form(self, features: Sequence[tuple[Tensor, Tensor]], episode: int = 0) -> None:
-        """Clusters and prototypes from rows [N, out_dim] of either stream (and the teacher's) and who has them.
+        """Clusters and prototypes from rows [N, out_dim] of either stream (and the teacher's), [N] bool: who has them.
 
         Raises:
             UserError: fewer items than prototypes.
