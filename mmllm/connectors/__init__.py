@@ -12,6 +12,7 @@ import torch
 from mmllm.connectors.base import FolderConnector
 from mmllm.connectors.grid import GridMLPConnector
 from mmllm.connectors.qformer import QFormerConnector
+from mmllm.connectors.sequence import SequenceConnector
 from mmllm.connectors.simple import AvgPoolConnector, LinearConnector, MLPConnector
 from mmllm.contracts import Connector
 from mmllm.errors import UserError, unknown
@@ -25,6 +26,7 @@ __all__ = [
     "LinearConnector",
     "MLPConnector",
     "QFormerConnector",
+    "SequenceConnector",
     "build_connector",
     "load_connector_folder",
 ]
