@@ -35,7 +35,7 @@ class Mme(Benchmark):
     styles = {
         "official": Style(lambda s: s.question, lambda text, s: parsers.yes_no_prefix(text)),
         "llava": Style(lambda s: short(s.question), lambda text, s: parsers.yes_no_prefix(text)),
-        "lmms": Style(lambda s: short(s.question), lambda text, s: parsers.yes_no_prefix(text)),
+        "lmms": Style(lambda s: short(s.question), lambda text, s: parsers.yes_no_start(text)),
     }
     closed = True
 

@@ -25,7 +25,7 @@ class SeedBench(Benchmark):
     source = "huggingface.co/datasets/AILab-CVC/SEED-Bench"
     styles = {
         "official": letter_style(parsers.letter_first, note="pictures only, no videos"),
-        "llava": letter_style(parsers.letter_first, note="pictures only, no videos"),
+        "llava": letter_style(parsers.letter_alone, note="pictures only, no videos"),
         "lmms": letter_style(parsers.letter_first, note="pictures only, no videos"),
     }
     closed = True
