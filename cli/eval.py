@@ -56,12 +56,16 @@ def command(
 ) -> None:
     """Measure a model, with a 95 % interval, chance and a shuffled-media control beside every figure."""
     from mmllm.errors import UserError
-    from mmllm.report.figures import print_figures
+    from mmllm.report.figures import print_figures, print_table
 
     if listing:
-        list_benchmarks()
+        from mmllm.evaluate.benchmarks.select import COLUMNS, benchmark_rows
+
+        print_table(COLUMNS, benchmark_rows())
         return
-    wanted = [t.strip() for t in tasks.split(",") if t.strip()] if tasks is not None else ALL.split(",")
+    from mmllm.evaluate.benchmarks.select import are_benchmarks
+
+    wanted = [t.strip() for t in (ALL if tasks is None else tasks).split(",") if t.strip()]
     line = " ".join(["mmllm", *sys.argv[1:]])
     if tasks is not None and are_benchmarks(wanted, data, style):
         from mmllm.evaluate.benchmarks.runner import run_benchmarks
@@ -83,37 +87,3 @@ def command(
         wanted = [t for t in wanted if (align if t == "retrieval" else model) is not None]
     figures = run_eval(model, data, wanted, decode, limit, out, shuffled, align, seed, command=line)
     print_figures(figures, f"{model or align} on {data}, decoded {decode}")
-
-
-def are_benchmarks(wanted: list[str], data: str, style: str | None) -> bool:
-    """Whether the tasks are benchmarks in official files; a name of both kinds (pope) goes by the data folder.
-
-    Raises:
-        UserError: an unknown task, or tasks of both kinds together.
-    """
-    from mmllm.errors import UserError, unknown
-    from mmllm.evaluate.benchmarks import benchmark_names
-    from mmllm.evaluate.run import task_names
-
-    benchmarks, own = set(benchmark_names()), set(task_names())
-    for name in wanted:
-        if name not in benchmarks | own:
-            raise unknown("task", name, benchmarks | own, "--tasks")
-    only = [t for t in wanted if t not in own]
-    mixed = [t for t in wanted if t not in benchmarks]
-    if only and mixed:
-        raise UserError(f"{only[0]} is a benchmark and {mixed[0]} is not", "--tasks", "ask them in two commands")
-    official = Path(data).is_dir() and not (Path(data) / "dataset.json").is_file()
-    return bool(wanted) and not mixed and (bool(only) or style is not None or official)
-
-
-def list_benchmarks() -> None:
-    """One row per benchmark."""
-    from mmllm.evaluate.benchmarks import benchmark_names, get_benchmark
-    from mmllm.report.figures import print_table
-
-    rows = []
-    for name in benchmark_names():
-        cls = get_benchmark(name)
-        rows.append((name, ", ".join(cls.style_names()), cls.layout, cls.source))
-    print_table(("benchmark", "styles (the first is the default)", "files", "from"), rows)

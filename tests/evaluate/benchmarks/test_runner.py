@@ -231,7 +231,7 @@ def test_the_list_of_benchmarks():
 
 
 def test_a_dataset_folder_still_goes_the_old_way(tmp_path):
-    from mmllm.cli.eval import are_benchmarks
+    from mmllm.evaluate.benchmarks.select import are_benchmarks
 
     assert not are_benchmarks(["pope"], "starter:full", None) and are_benchmarks(["mme"], "starter:full", None)
     (tmp_path / "dataset.json").write_text("{}")
