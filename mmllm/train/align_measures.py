@@ -292,7 +292,7 @@ def probe(stage: AlignStage, measure: MeasureConfig, records: list[dict[str, Any
     """k-NN and linear probe of the first stream's embeddings for the classes of ``FIELD``."""
     assert measure.train is not None
     sides = []
-    for part in (stage.records(measure.train), records):
+    for part in (stage.records(measure.train, measure.recipes), records):
         labelled = [r for r in part if class_of(r, measure.field)]
         rows, held = stream_rows(stage, measure, measure.streams[0], labelled)
         sides.append((rows, [class_of(labelled[i], measure.field) for i in held]))
