@@ -1,4 +1,4 @@
-"""A text tower over characters, to train from scratch: a two-way GRU whose attention weighs every feature by itself.
+"""A text tower over characters, to train from scratch: a two-way GRU whose attention weighs each feature by itself.
 
 Merkx and Frank, "Learning semantic sentence representations from visually grounded language without lexical knowledge"
 (arXiv 1903.11393, section 3.1).

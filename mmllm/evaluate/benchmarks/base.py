@@ -6,6 +6,7 @@ import base64
 import binascii
 import hashlib
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ LETTER = "\nAnswer with the option's letter from the given choices directly."
 YES_NO = ["yes", "no"]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SCORED = "scored"
+COCO = ("val2014/", "train2014/", "val2017/")
 
 
 @dataclass(frozen=True)
@@ -217,8 +219,12 @@ class Benchmark(Task):
         return UserError(what, self.root, f"expected: {self.layout}; get it from {self.source}")
 
     def any_of(self, *paths: str) -> str:
-        """The first of the paths (relative to the root) that is a file; the first one when none is."""
-        full = [str(self.root / p) for p in paths]
+        """The first of the paths (relative to the root) that is a file; the first one when none is.
+
+        Pictures of COCO may also stand in a folder ``coco`` beside the root, for all benchmarks that use them.
+        """
+        coco = [f"../{name}/{p}" for p in paths if p.startswith(COCO) for name in ("coco", "COCO")]
+        full = [os.path.normpath(self.root / p) for p in (*paths, *coco)]
         return next((p for p in full if Path(p).is_file()), full[0])
 
     def keep_picture(self, encoded: str | bytes, name: object) -> str:

@@ -33,6 +33,7 @@ class Question:
 
     Attributes:
         waiting: the items with this very question, such as those that several splits of POPE share.
+        given: what is known of the answer. generate, score: what is still to be done for it.
     """
 
     benchmark: Benchmark
@@ -40,6 +41,8 @@ class Question:
     asked: str
     waiting: list[Key]
     given: Given
+    generate: bool
+    score: bool
 
 
 def run_benchmarks(
@@ -101,10 +104,9 @@ def run_benchmarks(
     found = {b.name: figures_of(b, rows[b.name]) for b in benchmarks}
     write_rows(folder / "predictions.jsonl", rows)
     told = {b.name: about(b, rows[b.name], found[b.name]) for b in benchmarks}
-    figures = write_results(folder / "results.json", found, told, command, seed,
-                            {**identity, "data": str(data), "limit": limit,
-                             "seconds": round(time.monotonic() - start, 1)})  # fmt: skip
-    return figures
+    extra = {k: identity[k] for k in ("model", "weights", "decode")}
+    extra |= {"data": str(data), "limit": limit, "seconds": round(time.monotonic() - start, 1)}
+    return write_results(folder / "results.json", found, told, command, seed, extra)
 
 
 def key_of(benchmark: Benchmark, sample: Sample) -> Key:
@@ -124,11 +126,12 @@ def open_questions(
         for s in asked[b.name]:
             asked_id = question_of(b, s)
             given = store.get(key_of(b, s), asked_id) or Given(None)
-            lacks_answer = given.answer is None and not b.style.scored
-            lacks_scores = bool(s.choices) and given.scores is None and (margins or b.style.scored)
-            if lacks_answer or lacks_scores:
+            generate = given.answer is None and not b.style.scored
+            score = bool(s.choices) and given.scores is None and (margins or b.style.scored)
+            if generate or score:
                 whole = (b.name, asked_id, tuple(s.media), given.answer)
-                found.setdefault(whole, Question(b, s, asked_id, [], given)).waiting.append(key_of(b, s))
+                question = found.setdefault(whole, Question(b, s, asked_id, [], given, generate, score))
+                question.waiting.append(key_of(b, s))
     return list(found.values())
 
 
@@ -141,9 +144,9 @@ def ask(decoder: Any, questions: Sequence[Question], store: AnswerStore, decode:
         limit = max(q.benchmark.style.max_new_tokens, 1)
         return Request(q.benchmark.prompt(q.sample), decode, max_new_tokens=limit, seed=salt)
 
-    free = [q for q in questions if q.given.answer is None and not q.benchmark.style.scored]
+    free = [q for q in questions if q.generate]
     free.sort(key=lambda q: (q.benchmark.style.max_new_tokens, q.sample.media))
-    closed = sorted((q for q in questions if q.sample.choices), key=lambda q: (q.sample.kind, q.sample.media))
+    closed = sorted((q for q in questions if q.score), key=lambda q: (q.sample.kind, q.sample.media))
     progress = Progress(len(free) + len(closed))
     for start in range(0, len(free), GENERATE_PORTION):
         portion = free[start : start + GENERATE_PORTION]
