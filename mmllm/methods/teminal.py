@@ -116,6 +116,7 @@ def zste(
     count: int = 200,
     names: int | Sequence[str] | None = None,
     gap: float = 0.1,
+    forms: int = 2,
     seed: int = 0,
 ) -> list[Figure]:
     """Staged zero-shot tests of time (section 4), of pairs that are made from these single sounds.
@@ -126,6 +127,7 @@ def zste(
 
     Args:
         count: pairs; ``names``, ``gap``, ``seed`` as in ``sound_pairs``.
+        forms: 1 asks for the order by "before" alone.
     """
     from mmllm.evaluate.stats import derangement, mean_interval
     from mmllm.train.align_measures import stream_rows, text_embeddings
@@ -144,7 +146,7 @@ def zste(
         if kind == "overlay":
             return {"overlay": [[texts_of_pair("overlay", a, b)[0], before]]}
         wrong = "reversed" if kind == "forward" else "forward"
-        found = {"order": [list(x) for x in zip(*(texts_of_pair(k, a, b) for k in (kind, wrong)))]}
+        found = {"order": [list(x) for x in zip(*(texts_of_pair(k, a, b)[:forms] for k in (kind, wrong)))]}
         if kind == "forward":
             found["overlay"] = [[before, texts_of_pair("overlay", a, b)[0]]]
             if len(known) > 2:
