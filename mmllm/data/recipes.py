@@ -17,6 +17,7 @@ import mmllm.data.languages  # noqa: F401  (registers its recipes)
 import mmllm.data.noise  # noqa: F401  (registers its recipes)
 import mmllm.data.placed  # noqa: F401  (registers its recipes)
 import mmllm.data.sequences  # noqa: F401  (registers its recipes)
+import mmllm.data.sound_pairs  # noqa: F401  (registers its recipes)
 from mmllm.contracts import DataRecipe
 from mmllm.data.captions import label_of
 from mmllm.data.questions import with_article
