@@ -26,7 +26,7 @@ LETTER = "\nAnswer with the option's letter from the given choices directly."
 YES_NO = ["yes", "no"]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SCORED = "scored"
-COCO = ("val2014/", "train2014/", "val2017/")
+COCO = ("val2014/", "train2014/", "val2017/", "train2017/")
 
 
 @dataclass(frozen=True)
@@ -162,9 +162,9 @@ class Benchmark(Task):
             raise UserError(f"{self.name}: {len(twice)} ids stand there twice, such as {twice[0][1]}", self.root)
         samples = first_clusters(samples, limit)
         missing = [m for m in dict.fromkeys(m for s in samples for m in s.media) if not Path(m).is_file()]
-        if missing and self.may_lack_media:
-            samples = [s for s in samples if set(s.media).isdisjoint(missing)]
-            self.lacking = len(missing)
+        whole = [s for s in samples if set(s.media).isdisjoint(missing)]
+        if missing and self.may_lack_media and whole:
+            samples, self.lacking = whole, len(missing)
         elif missing:
             what = f"{self.name}: {len(missing)} files of its media are not there"
             raise UserError(what, missing[0], f"expected: {self.layout}; get them from {self.source}")

@@ -190,7 +190,7 @@ def test_other_folders_and_other_questions_are_refused(model, data, tmp_path, ma
 def test_limit_takes_pictures_of_every_split(model, data, tmp_path):
     run_benchmarks(model, data, ["pope"], out=tmp_path / "out", decoder=Counting(model), limit=1, margins=False)
     real = [r for r in lines(tmp_path / "out" / "predictions.jsonl") if not r["control"]]
-    assert [(r["split"], r["id"]) for r in real] == [(s, i) for s in ("popular", "random") for i in "01"]
+    assert [(r["split"], r["id"]) for r in real] == [(s, i) for s in ("random", "popular") for i in "01"]
 
 
 def test_compare_reads_the_predictions_and_tells_styles_apart(model, data, tmp_path):
