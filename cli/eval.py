@@ -38,6 +38,7 @@ ALL = "pope,caption,side,box,interleaved,hear,retrieval"
 @click.option(
     "--margins/--no-margins", default=True, show_default=True, help="Benchmarks: also score the choices, for the AUC."
 )
+@click.option("--blind", is_flag=True, help="Benchmarks: the control shows no media instead of shuffled ones.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for results.json and predictions.jsonl.")
 def command(
@@ -51,6 +52,7 @@ def command(
     limit: int | None,
     shuffled: bool,
     margins: bool,
+    blind: bool,
     seed: int,
     out: Path | None,
 ) -> None:
@@ -74,15 +76,17 @@ def command(
             raise UserError("benchmarks ask a multimodal model, not an align run", "--align", "give --model RUN")
         if model is None:
             raise UserError("nothing to measure", do="give --model RUN")
-        figures = run_benchmarks(model, data, wanted, style, decode, limit, out, shuffled, seed, margins, command=line)
+        control = "blind" if blind else "shuffled" if shuffled else "none"
+        figures = run_benchmarks(model, data, wanted, style, decode, limit, out, control, seed, margins, command=line)
         print_figures(figures, f"{model} on {data} in style {style or 'default'}, decoded {decode}")
         return
     from mmllm.evaluate.run import run_eval
 
     if model is None and align is None:
         raise UserError("nothing to measure", do="give --model RUN, --align RUN or both")
-    if style is not None:
-        raise UserError("styles are for benchmarks", "--style", "leave it out, or name benchmarks: mmllm eval --list")
+    if style is not None or blind:
+        option = "--blind" if style is None else "--style"
+        raise UserError("this is for benchmarks", option, "leave it out, or name benchmarks: mmllm eval --list")
     if tasks is None:
         wanted = [t for t in wanted if (align if t == "retrieval" else model) is not None]
     figures = run_eval(model, data, wanted, decode, limit, out, shuffled, align, seed, command=line)

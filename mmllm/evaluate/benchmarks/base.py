@@ -189,9 +189,11 @@ class Benchmark(Task):
         """Fills ``row.hit``, ``row.weight`` and ``row.counts``; by default right means parsed as the truth."""
         row.hit = float(row.parsed == row.sample.gold)
 
-    def control(self, samples: Sequence[Sample], seed: int) -> list[Sample]:
-        """The same questions about the media of another cluster; samples without media have no control."""
+    def control(self, samples: Sequence[Sample], seed: int, blind: bool = False) -> list[Sample]:
+        """The same questions about another cluster's media, or about none; samples without media have no control."""
         shown = [s for s in samples if s.media]
+        if blind:
+            return [shuffled(s, []) for s in shown]
         media = {s.cluster: s.media for s in shown}
         clusters = list(media)
         other = {c: clusters[j] for c, j in zip(clusters, derangement(len(clusters), seed), strict=True)}
