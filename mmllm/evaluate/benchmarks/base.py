@@ -7,6 +7,7 @@ import binascii
 import hashlib
 import math
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -114,14 +115,14 @@ class Benchmark(Task):
             data: folder that holds the benchmark's folder, or that folder.
             style: a name in ``styles``, or ``scored`` where the choices are known.
             seed: for what the benchmark draws.
-            scratch: folder for pictures that the files hold inside them.
+            scratch: folder for pictures that the files hold inside them; default, one for temporary files.
 
         Raises:
             UserError: unknown style.
         """
         self.root = find_root(Path(data), (*self.folders, self.name))
         self.seed, self.lacking = seed, 0
-        self.scratch = Path(scratch) if scratch is not None else self.root
+        self.scratch = Path(scratch) if scratch is not None else Path(tempfile.gettempdir()) / "mmllm"
         self.style_name = style or next(iter(self.styles))
         self.style = self.pick_style(self.style_name)
 
