@@ -12,7 +12,7 @@ ALL = "pope,caption,side,box,interleaved,hear,retrieval"
 
 @click.command("eval")
 @click.option("--model", type=click.Path(path_type=Path), help="Run folder (or model folder) of a tuned model.")
-@click.option("--align", type=click.Path(path_type=Path), help="Align run, for the task retrieval.")
+@click.option("--align", type=click.Path(path_type=Path), help="Align run: task retrieval, or caption benchmarks, ESC-50.")
 @click.option(
     "--data",
     default="starter:full",
@@ -72,10 +72,14 @@ def command(
     if tasks is not None and are_benchmarks(wanted, data, style):
         from mmllm.evaluate.benchmarks.runner import run_benchmarks
 
+        if (model is None) == (align is None):
+            what = "nothing to measure" if model is None else "a model and an align run at once"
+            raise UserError(what, do="give --model RUN for questions, or --align RUN for retrieval")
         if align is not None:
-            raise UserError("benchmarks ask a multimodal model, not an align run", "--align", "give --model RUN")
-        if model is None:
-            raise UserError("nothing to measure", do="give --model RUN")
+            from mmllm.evaluate.benchmarks.aligned import run_aligned
+
+            print_figures(run_aligned(align, data, wanted, limit, out, seed, line), f"{align} on {data}")
+            return
         control = "blind" if blind else "shuffled" if shuffled else "none"
         figures = run_benchmarks(model, data, wanted, style, decode, limit, out, control, seed, margins, command=line)
         print_figures(figures, f"{model} on {data} in style {style or 'default'}, decoded {decode}")

@@ -225,7 +225,8 @@ def test_compare_reads_the_predictions_and_tells_styles_apart(model, data, tmp_p
         (["--tasks", "caption", "--style", "lmms", "--model", "x"], "--style: this is for benchmarks"),
         (["--tasks", "pope", "--style", "offical", "--model", "x"], "unknown style of pope 'offical'; did you mean"),
         (["--tasks", "mme", "--model", "x"], "mme: no existence/questions_answers_YN"),
-        (["--tasks", "pope", "--align", "x"], "not an align run"),
+        (["--tasks", "pope", "--align", "x"], "pope asks questions, and an align run answers none"),
+        (["--tasks", "pope", "--align", "x", "--model", "x"], "a model and an align run at once"),
     ],
 )
 def test_user_errors_of_the_command(data, args, message):
