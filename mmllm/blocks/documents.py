@@ -73,7 +73,7 @@ def document_attention(
         softcap: c of c * tanh(logits / c).
     """
     groups = q.shape[1] // k.shape[1]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
     out = []
     for index, (begin, end) in enumerate(documents.bounds):
@@ -82,7 +82,7 @@ def document_attention(
             k_, v_ = k_.repeat_interleave(groups, 1), v_.repeat_interleave(groups, 1)
         bare = documents.branches is None and (window is None or window >= end - begin)
         if softcap is not None or (trains and q.device.type == "cpu" and end - begin <= SHORT_ROW):
-            weights = (q_ * scale) @ k_.transpose(-1, -2)
+            weights = (q_ * factor) @ k_.transpose(-1, -2)
             if softcap is not None:
                 weights = torch.tanh(weights / softcap) * softcap
             weights = weights.masked_fill(~documents.mask(index, None if bare else window, q.device), -torch.inf)
@@ -92,7 +92,7 @@ def document_attention(
             mask = None if bare else documents.mask(index, window, q.device)
             out.append(
                 F.scaled_dot_product_attention(
-                    q_, k_, v_, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale
+                    q_, k_, v_, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=factor
                 )
             )
     return torch.cat(out, 2)

@@ -142,6 +142,17 @@ def test_training_reaches_every_parameter_and_checkpointing_changes_nothing():
         torch.testing.assert_close(g, grads[1][name], atol=1e-6, rtol=1e-4)
 
 
+def test_without_a_labelled_token_the_loss_is_a_zero_that_reaches_all_that_trains():
+    """With several processes nobody may wait for a gradient that does not come."""
+    model, processor = build(injector=GATED, opened=0.5)
+    batch = prepare(processor, CHATS[3])
+    loss = model(**batch, labels=torch.full_like(batch["input_ids"], -100)).loss
+    loss.backward()
+    assert float(loss.detach()) == 0
+    for part in (model.injector, model.vision_connector, model.audio_connector, model.language_model):
+        assert all(p.grad is not None and not p.grad.any() for p in part.parameters())
+
+
 def test_a_token_sees_the_last_medium_before_it_in_its_own_segment():
     tokens = torch.arange(1.0, 4.0)[:, None, None].expand(3, 2, 4)
     mask = torch.tensor([[1, 1], [1, 0], [1, 1]]).bool()
