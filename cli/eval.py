@@ -12,7 +12,7 @@ ALL = "pope,caption,side,box,interleaved,hear,retrieval"
 
 @click.command("eval")
 @click.option("--model", type=click.Path(path_type=Path), help="Run folder (or model folder) of a tuned model.")
-@click.option("--align", type=click.Path(path_type=Path), help="Align run: retrieval, captions, ESC-50.")
+@click.option("--align", type=click.Path(path_type=Path), help="Align run, for retrieval, caption benchmarks, ESC-50.")
 @click.option(
     "--data",
     default="starter:full",
