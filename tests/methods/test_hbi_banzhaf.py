@@ -71,6 +71,19 @@ def test_drawn_coalitions_come_near_all_of_them():
     assert (drawn - banzhaf(s, a, b)).abs().max() < 0.02
 
 
+def test_interactions_find_true_pairs_among_hubs():
+    generator, true = torch.Generator().manual_seed(0), torch.eye(5, dtype=torch.bool).expand(40, 5, 5)
+    s = 0.15 * torch.randn(40, 5, 5, generator=generator) + 0.35 * true
+    s[:, 0] += 0.4  # a word and a frame that are like everything
+    s[:, :, 1] += 0.4
+
+    def auc(x):
+        yes, no = x[true].view(40, -1, 1), x[~true].view(40, 1, -1)
+        return float((yes > no).float().mean())
+
+    assert auc(banzhaf(s, torch.ones(40, 5), torch.ones(40, 5))) > auc(s) + 0.08
+
+
 def test_the_score_of_all_tokens(unit):
     x, y = unit(2, 3, 8), unit(3, 4, 8, seed=1)
     a, b = torch.rand(2, 3) + 0.1, torch.rand(3, 4) + 0.1
