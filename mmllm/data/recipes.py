@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+import mmllm.data.bags  # noqa: F401  (registers its recipes)
 import mmllm.data.box_numbers  # noqa: F401  (registers its recipes)
 import mmllm.data.caption_template  # noqa: F401  (registers its recipes)
 import mmllm.data.exclusive_or  # noqa: F401  (registers its recipes)
