@@ -54,7 +54,7 @@ class ClipRocket(Objective):
     Args:
         pair: pictures and texts; other modalities need their derived streams in the config.
         views: n.
-        hidden_dim, dim: of the strong views' heads.
+        hidden_dim, out_dim: of the strong views' heads.
         label_smoothing: of the strong pairs.
         extra: non-contrastive terms that the paper compares: ``siam``, ``bar``, ``swal``; each is the mean over the
             plain pair and the strong pairs, with the paper's weight (section 3.1).
@@ -66,7 +66,7 @@ class ClipRocket(Objective):
         pair: Sequence[str],
         views: int = 2,
         hidden_dim: int = 4096,
-        dim: int = 256,
+        out_dim: int = 256,
         label_smoothing: float = 0.1,
         extra: Sequence[str] = (),
         same_label: bool = True,
@@ -80,7 +80,7 @@ class ClipRocket(Objective):
         self.plain = InfoNCE(pair, same_label)
         self.strong = InfoNCE(pair, same_label, label_smoothing)
         self.pair, self.pair_name, self.gathered = self.plain.pair, self.plain.pair_name, bool(extra)
-        self.views, self.hidden_dim, self.dim, self.extra = views, hidden_dim, dim, list(extra)
+        self.views, self.hidden_dim, self.out_dim, self.extra = views, hidden_dim, out_dim, list(extra)
         self.streams = {
             f"{s}@strong{k}": {"of": s, "transforms": changes, "cache": False}
             for s, changes in zip(self.pair, (STRONG_PICTURES, STRONG_TEXTS)) for k in range(views)
@@ -96,10 +96,10 @@ class ClipRocket(Objective):
         for stream in self.pair:
             size = model.tower(stream).pooled_size
             if self.views:
-                self.heads[stream] = ProjectionHead(size, self.dim, config)
+                self.heads[stream] = ProjectionHead(size, self.out_dim, config)
             if self.extra:
-                self.projectors[stream] = ProjectionHead(size, self.dim, config)
-                self.predictors[stream] = ProjectionHead(self.dim, self.dim, config)
+                self.projectors[stream] = ProjectionHead(size, self.out_dim, config)
+                self.predictors[stream] = ProjectionHead(self.out_dim, self.out_dim, config)
 
     def forward(self, batch: AlignBatch) -> dict[str, Tensor]:
         out = self.plain(batch)

@@ -143,7 +143,7 @@ def fdt_codes(stage: Any, measure: MeasureConfig, records: list[dict[str, Any]])
     figures = [
         Figure(f"{name}_overlap", own, "higher", n=n, unit="fraction", control=other),
         Figure(f"{name}_overlap_of_others", other, "lower", n=n, unit="fraction"),
-        Figure(f"{name}_overlap_ratio", own / max(other, 1e-9), "higher", n=n),
+        Figure(f"{name}_overlap_ratio", own / max(other, 1e-9), "higher", n=n, unit="times"),
     ]
     for stream, w in zip((a, b), weights):
         figures.append(Figure(f"{name}_active_{stream}", float((w > 0).float().mean()), "lower", n=n, unit="fraction"))

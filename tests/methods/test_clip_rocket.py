@@ -41,7 +41,7 @@ def made(unit, views=2, same=False, owner=None):
 
 def ready(identity=False, **options):
     torch.manual_seed(0)
-    objective = ClipRocket(PAIR, **{"hidden_dim": 16, "dim": 8, **options})
+    objective = ClipRocket(PAIR, **{"hidden_dim": 16, "out_dim": 8, **options})
     objective.setup(SimpleNamespace(tower=lambda s: SimpleNamespace(pooled_size=8)))
     if identity:
         objective.heads = torch.nn.ModuleDict({s: torch.nn.Identity() for s in PAIR})
@@ -143,7 +143,7 @@ def test_a_run_with_strong_views(settings, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setenv("MMLLM_CACHE", str(tmp_path / "cache"))
     both = settings["phases"]["both"]
     both["sources"] = {"things": both["sources"]["things"] | {"augment": "none"}}
-    options = {"pair": PAIR, "hidden_dim": 16, "dim": 8, "extra": ["siam"]}
+    options = {"pair": PAIR, "hidden_dim": 16, "out_dim": 8, "extra": ["siam"]}
     both |= {"objectives": [{"type": "clip_rocket", "options": options}], "trains": ["image.tower", "image.head"]}
     both["train"] = {"max_steps": 2, "logging_steps": 1}
     settings["phases"] = {"both": both}

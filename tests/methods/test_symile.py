@@ -125,7 +125,8 @@ def test_a_run_on_exclusive_or(settings, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setenv("MMLLM_CACHE", str(tmp_path / "cache"))
     labels = ["black bar", "black square", "blue bar", "blue square"]
     xor = {"type": "exclusive_or", "bits": 2, "count": 24, "labels": labels}
-    settings["streams"]["clip"] = {"modality": "video", "tower_of": "image", "head": {}}
+    tower = settings["streams"]["image"]["tower"]
+    settings["streams"]["clip"] = {"modality": "video", "tower": tower, "head": {}}
     streams = ["image", "text", "clip"]
     both = settings["phases"]["both"]
     both["sources"] = {"triples": {"data": "things_train.jsonl", "recipes": [xor], "streams": streams}}
