@@ -1,4 +1,4 @@
-"""`mmllm eval`: measures a model on a dataset's held-out part, with intervals, chance and controls."""
+"""`mmllm eval`: measures a model on a dataset's held-out part, or on benchmarks in their official layout."""
 
 from __future__ import annotations
 
@@ -12,11 +12,19 @@ ALL = "pope,caption,side,box,interleaved,hear,retrieval"
 
 @click.command("eval")
 @click.option("--model", type=click.Path(path_type=Path), help="Run folder (or model folder) of a tuned model.")
-@click.option("--align", type=click.Path(path_type=Path), help="Align run, for the task retrieval.")
+@click.option("--align", type=click.Path(path_type=Path), help="Align run, for retrieval, caption benchmarks, ESC-50.")
 @click.option(
-    "--data", default="starter:full", show_default=True, help="Dataset folder, or starter:full, starter:fast."
+    "--data",
+    default="starter:full",
+    show_default=True,
+    help="Dataset folder, starter:full, starter:fast, or a folder with the files of benchmarks.",
 )
-@click.option("--tasks", help=f"Comma-separated; default: all that the given runs can answer, of {ALL}.")
+@click.option(
+    "--tasks",
+    help=f"Comma-separated: benchmarks (see --list), or of {ALL}, by default all that the given runs can answer.",
+)
+@click.option("--style", help="Prompt and parser of benchmarks: official, llava, lmms, ...; default: each one's first.")
+@click.option("--list", "listing", is_flag=True, help="Name the benchmarks, their styles and the files they need.")
 @click.option(
     "--decode",
     default="greedy",
@@ -27,6 +35,10 @@ ALL = "pope,caption,side,box,interleaved,hear,retrieval"
 @click.option(
     "--shuffled/--no-shuffled", default=True, show_default=True, help="Ask also about shuffled media (control)."
 )
+@click.option(
+    "--margins/--no-margins", default=True, show_default=True, help="Benchmarks: also score the choices, for the AUC."
+)
+@click.option("--blind", is_flag=True, help="Benchmarks: the control shows no media instead of shuffled ones.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for results.json and predictions.jsonl.")
 def command(
@@ -34,22 +46,52 @@ def command(
     align: Path | None,
     data: str,
     tasks: str | None,
+    style: str | None,
+    listing: bool,
     decode: str,
     limit: int | None,
     shuffled: bool,
+    margins: bool,
+    blind: bool,
     seed: int,
     out: Path | None,
 ) -> None:
     """Measure a model, with a 95 % interval, chance and a shuffled-media control beside every figure."""
     from mmllm.errors import UserError
+    from mmllm.report.figures import print_figures, print_table
+
+    if listing:
+        from mmllm.evaluate.benchmarks.select import COLUMNS, benchmark_rows
+
+        print_table(COLUMNS, benchmark_rows())
+        return
+    from mmllm.evaluate.benchmarks.select import are_benchmarks
+
+    wanted = [t.strip() for t in (ALL if tasks is None else tasks).split(",") if t.strip()]
+    line = " ".join(["mmllm", *sys.argv[1:]])
+    if tasks is not None and are_benchmarks(wanted, data, style):
+        from mmllm.evaluate.benchmarks.runner import run_benchmarks
+
+        if (model is None) == (align is None):
+            what = "nothing to measure" if model is None else "a model and an align run at once"
+            raise UserError(what, do="give --model RUN for questions, or --align RUN for retrieval")
+        if align is not None:
+            from mmllm.evaluate.benchmarks.aligned import run_aligned
+
+            print_figures(run_aligned(align, data, wanted, limit, out, seed, line), f"{align} on {data}")
+            return
+        control = "blind" if blind else "shuffled" if shuffled else "none"
+        figures = run_benchmarks(model, data, wanted, style, decode, limit, out, control, seed, margins, command=line)
+        print_figures(figures, f"{model} on {data} in style {style or 'default'}, decoded {decode}")
+        return
     from mmllm.evaluate.run import run_eval
-    from mmllm.report.figures import print_figures
 
     if model is None and align is None:
         raise UserError("nothing to measure", do="give --model RUN, --align RUN or both")
-    wanted = [t.strip() for t in tasks.split(",") if t.strip()] if tasks is not None else ALL.split(",")
+    if style is not None or blind:
+        option = "--blind" if style is None else "--style"
+        raise UserError("this is for benchmarks", option, "leave it out, or name benchmarks: mmllm eval --list")
     if tasks is None:
         wanted = [t for t in wanted if (align if t == "retrieval" else model) is not None]
-    line = " ".join(["mmllm", *sys.argv[1:]])
     figures = run_eval(model, data, wanted, decode, limit, out, shuffled, align, seed, command=line)
     print_figures(figures, f"{model or align} on {data}, decoded {decode}")

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mmllm.align.model import pooled_texts
 from mmllm.align.reading import medium_of, read_picture, resized_to
 from mmllm.blocks.augment import augment_log_mel
 from mmllm.contracts import Tower
@@ -84,11 +85,13 @@ class FrozenFeatures:
         self.workers = workers
         self._fingerprints: dict[int, str] = {}
         self._changing: list[Tower] = []
+        self._trained: set[int] = set()
 
     @contextmanager
     def changing(self, towers: Sequence[Tower]) -> Iterator[None]:
         """Within, these towers train: their features are computed each time, and kept nowhere."""
         self._changing = list(towers)
+        self._trained |= {id(t) for t in towers}
         try:
             yield
         finally:
@@ -117,8 +120,6 @@ class FrozenFeatures:
             frames: of each video; one that has fewer is filled up with masked ones.
             on_bad: told of every item that cannot be read, whose features then mean nothing; None: such an item raises.
         """
-        if id(tower) not in self._fingerprints:
-            self._fingerprints[id(tower)] = fingerprint(tower)
         processor = tower.preprocessor()
         if image_size:
             set_image_size(processor, image_size)
@@ -128,7 +129,7 @@ class FrozenFeatures:
         key = {
             # 2: large JPEGs are decoded small, unreadable items are marked; 3: sounds always keep their masks
             "version": 2 if tower.modality == "vision" else 3,
-            "tower": self._fingerprints[id(tower)],
+            "tower": self._fingerprint(tower),
             "items": hashlib.sha256("\n".join(media_stamp(m) for m in media).encode()).hexdigest(),
             "fields": sorted(fields),
             "augment": [augment, seed] if copies else [augment],
@@ -202,6 +203,23 @@ class FrozenFeatures:
                 raise error
             on_bad(item, error)
         return found
+
+    def texts(self, tower: Tower, texts: Sequence[str], name: str = "texts") -> Tensor:
+        """A text tower's pooled features [N, D] of texts, float32; of a tower that trains in this run, kept nowhere."""
+        if id(tower) in self._trained or not texts:
+            return pooled_texts(tower, texts)
+        said = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+        key = {"version": 1, "tower": self._fingerprint(tower), "texts": said}
+        self.cache.chunk = 256
+        found = self.cache.get_or_compute(
+            key, len(texts), lambda rows: {"pooled": pooled_texts(tower, [texts[i] for i in rows])}, name=name
+        )
+        return found["pooled"].clone()
+
+    def _fingerprint(self, tower: Tower) -> str:
+        if id(tower) not in self._fingerprints:
+            self._fingerprints[id(tower)] = fingerprint(tower)
+        return self._fingerprints[id(tower)]
 
     def _forward_size(self, tower: Tower, side: int) -> int:
         """Pictures per forward: on a CPU as many as let its activations stay in the L2 cache."""

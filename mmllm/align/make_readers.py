@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmllm.align.model import pooled_texts
 from mmllm.align.readers import CachedMedia, CachedTexts, Changed, HeldSounds, LiveMedia, LiveTexts, Reader
 from mmllm.align.reading import FIELD, medium_of
 from mmllm.contracts import Tower
@@ -113,9 +112,8 @@ class ReaderMaker:
 
     def _cached_texts(self, tower: Tower) -> CachedTexts:
         unique = sorted({t for v in self.source.variants for _, t in v})
-        return CachedTexts(
-            pooled_texts(tower, unique), {t: i for i, t in enumerate(unique)}, self.source.config.text_noise
-        )
+        table = self.source.frozen.texts(tower, unique, f"{self.source.name}-texts")
+        return CachedTexts(table, {t: i for i, t in enumerate(unique)}, self.source.config.text_noise)
 
     def _held_sounds(self, stream: str, tower: Tower) -> HeldSounds:
         """Inputs of an audio tower that trains: [N, F, T] kept in half precision."""

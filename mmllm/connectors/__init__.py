@@ -17,6 +17,7 @@ from mmllm.connectors.injector import GatedInjector
 from mmllm.connectors.perceiver import PerceiverConnector
 from mmllm.connectors.pixel_shuffle import PixelShuffleConnector
 from mmllm.connectors.qformer import QFormerConnector
+from mmllm.connectors.sequence import SequenceConnector
 from mmllm.connectors.simple import AvgPoolConnector, LinearConnector, MLPConnector
 from mmllm.connectors.token_merge import TokenMergeConnector
 from mmllm.contracts import Connector, Injector
@@ -37,6 +38,7 @@ __all__ = [
     "PerceiverConnector",
     "PixelShuffleConnector",
     "QFormerConnector",
+    "SequenceConnector",
     "TokenMergeConnector",
     "build_connector",
     "build_injector",

@@ -12,6 +12,8 @@ import numpy as np
 
 import mmllm.data.bags  # noqa: F401  (registers its recipes)
 import mmllm.data.box_numbers  # noqa: F401  (registers its recipes)
+import mmllm.data.caption_template  # noqa: F401  (registers its recipes)
+import mmllm.data.exclusive_or  # noqa: F401  (registers its recipes)
 import mmllm.data.languages  # noqa: F401  (registers its recipes)
 import mmllm.data.noise  # noqa: F401  (registers its recipes)
 import mmllm.data.placed  # noqa: F401  (registers its recipes)

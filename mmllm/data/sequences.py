@@ -18,7 +18,8 @@ class Sequences(DataRecipe):
     """Joins ``length`` pictures of different labels, drawn at random, into one ``video``.
 
     The new record's ``video`` lists the pictures in order, ``text`` the first text of each in the same order, and
-    ``meta.sequence`` their labels; its ``label`` is all of them, so that one order of the same things is not another.
+    ``meta.sequence`` their labels, as every other ``meta`` field lists those of its parts; its ``label`` is all of
+    them, so that one order of the same things is not another.
 
     Args:
         length: pictures in a sequence.
@@ -68,4 +69,6 @@ class Sequences(DataRecipe):
         labels = [label_of(p) for p in parts]
         video = [p["image"][0] if isinstance(p["image"], list) else p["image"] for p in parts]
         text = texts if self.joined is None else self.joined.join(texts)
-        return {"id": name, "video": video, "text": text, "label": " > ".join(labels), "meta": {"sequence": labels}}
+        fields = {k: None for p in parts for k in p.get("meta") or {}}
+        meta = {k: [(p.get("meta") or {}).get(k) for p in parts] for k in fields} | {"sequence": labels}
+        return {"id": name, "video": video, "text": text, "label": " > ".join(labels), "meta": meta}

@@ -16,7 +16,7 @@ from mmllm.report.figures import Figure, number, write_figures
 
 # (task, split, id) of an item.
 Key = tuple[str, str, str]
-SETTINGS = ("data", "seed", "limit")
+SETTINGS = ("data", "seed", "limit", "styles")
 COLUMNS = ("in percent", "A", "B", "A - B", "95 % interval", "n (clusters)", "McNemar p", "p", "p (Holm)", "")
 VERDICTS = {"a better": "A better", "b better": "B better", "within noise": "within the noise"}
 NAMED = 3
@@ -198,7 +198,9 @@ def _lines(group: str, pairs: list[tuple[Answer, Answer]], seed: int) -> list[Co
     clusters = [x.cluster for x, _ in pairs]
     hits_a, hits_b = ([y.hit for y in side] for side in zip(*pairs, strict=True))
     weights_a, weights_b = ([y.weight for y in side] for side in zip(*pairs, strict=True))
-    name = f"{group}_{'accuracy' if set(weights_a + weights_b) == {1.0} else 'hit_ratio'}"
+    binary = {0.0, 1.0}.issuperset(hits_a + hits_b)
+    plain = "accuracy" if binary else "mean_score"
+    name = f"{group}_{plain if set(weights_a + weights_b) == {1.0} else 'hit_ratio'}"
     lines = [compare_rows(name, hits_a, hits_b, clusters, weights_a, weights_b, seed=seed)]
     margins = [(x.margin, y.margin) for x, y in pairs if x.margin is not None and y.margin is not None]
     labels = [x.asked[1] == "yes" for x, _ in pairs]

@@ -2,7 +2,7 @@
 
 slug: clsr-reconstruct
 number: 67
-shelf: 4
+shelf: 1
 kind: objective
 config: "objectives: [{type: clsr, options: {pair: [audio, text]}}]"
 left_out: the pretrained encoders, AudioCaps and Clotho. No code was released to check the paper's constants against, so

@@ -63,7 +63,8 @@ class ContrastiveGap(InfoNCE):
     def loss(self, rows: Any, cols: Any, batch: AlignBatch, **how: Any) -> Tensor:
         if self.temperature is None:
             return super().loss(rows, cols, batch, **how)
-        return contrast(rows, cols, scale=1 / self.temperature, **how)
+        # The learned temperature has no part in it, and yet a gradient in every process.
+        return contrast(rows, cols, scale=1 / self.temperature, **how) + 0.0 * batch.logit_scale[self.pair_name]
 
     def forward(self, batch: AlignBatch) -> dict[str, Tensor]:
         out: dict[str, Tensor] = dict(super().forward(batch)) if self.contrast else {}

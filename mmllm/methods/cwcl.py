@@ -53,13 +53,14 @@ class CWCL(DirectedObjective):
 
     def one_way(self, rows: Any, cols: Any, batch: AlignBatch, *, forth: bool, target_fn: Any, **how: Any) -> Tensor:
         scale = batch.logit_scale[self.pair_name]
-        if forth == self.weighted_forth:
-            frozen = rows if forth else cols
-            frozen = frozen if batch.ranks is None else batch.ranks.gather(frozen)
-            if len(rows) != len(cols):
-                raise UserError("cwcl needs one row per item in both streams", "objective 'cwcl'", "captions: first")
+        if forth != self.weighted_forth:
+            return contrast(rows, cols, scale=scale, target_fn=target_fn, **how)
+        if len(rows) != len(cols):
+            raise UserError("cwcl needs one row per item in both streams", "objective 'cwcl'", "captions: first")
+        frozen = rows if forth else cols
+        frozen = frozen if batch.ranks is None else batch.ranks.gather(frozen)
 
-            def target_fn(i: slice, j: slice) -> Tensor:
-                return ((1 + frozen[i] @ frozen[j].T).clamp(min=0) / 2) ** self.power
+        def weights(i: slice, j: slice) -> Tensor:
+            return ((1 + frozen[i] @ frozen[j].T).clamp(min=0) / 2) ** self.power
 
-        return contrast(rows, cols, scale=scale, target_fn=target_fn, **how)
+        return contrast(rows, cols, scale=scale, target_fn=weights, **how)

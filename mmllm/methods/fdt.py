@@ -137,21 +137,22 @@ def fdt_codes(stage: Any, measure: MeasureConfig, records: list[dict[str, Any]])
     for the two halves of a record, for halves of different records, and the quotient of the two."""
     a, b = measure.streams[:2]
     weights = [_code_weights(stage, measure, s, records) for s in (a, b)]
-    own, other = overlap(*weights), overlap(weights[0], weights[1][derangement(len(records), 0)])
+    own = overlap(weights[0], weights[1])
+    other = overlap(weights[0], weights[1][derangement(len(records), 0)])
     name, n = measure.name, len(records)
     figures = [
         Figure(f"{name}_overlap", own, "higher", n=n, unit="fraction", control=other),
         Figure(f"{name}_overlap_of_others", other, "lower", n=n, unit="fraction"),
-        Figure(f"{name}_overlap_ratio", own / max(other, 1e-9), "higher", n=n),
+        Figure(f"{name}_overlap_ratio", own / max(other, 1e-9), "higher", n=n, unit="times"),
     ]
     for stream, w in zip((a, b), weights):
         figures.append(Figure(f"{name}_active_{stream}", float((w > 0).float().mean()), "lower", n=n, unit="fraction"))
     return figures
 
 
-def overlap(a: Tensor, b: Tensor, floor: float = 0.0) -> float:
+def overlap(a: Tensor, b: Tensor) -> float:
     """Mean over the rows of [N, M] weights: codes active in both, of those active in either (Jaccard)."""
-    x, y = a > floor, b > floor
+    x, y = a > 0, b > 0
     return float(((x & y).sum(-1) / (x | y).sum(-1).clamp(min=1)).mean())
 
 

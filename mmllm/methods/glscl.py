@@ -2,7 +2,7 @@
 
 slug: glscl
 number: 81
-shelf: 4
+shelf: 1
 kind: objective
 config: "objectives: [{type: glscl, options: {pair: [video, text]}}]  # and a connector for both streams"
 left_out: MSR-VTT and the other video sets, and the clock time of retrieval.

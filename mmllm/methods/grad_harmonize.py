@@ -76,7 +76,7 @@ class GradHarmonize(StepHook):
         means = [w * _mean(loss, valid) for w, (loss, valid) in zip(weights, each)]
         pulls = [tangent(z, g) for g in _gradients(means, z)]
         owner = torch.arange(len(z), device=z.device) if stream.owner is None else stream.owner
-        cosine = item_cosine(*pulls, owner, len(seen))
+        cosine = item_cosine(pulls[0], pulls[1], owner, len(seen))
         triplet = each[0][1] & each[1][1]
         losses["conflict"] = ((cosine < 0) & triplet).sum() / triplet.sum().clamp(min=1)
         if self.mark is not None:
@@ -96,7 +96,7 @@ class GradHarmonize(StepHook):
     def _realign(self, means: list[Tensor], z: Tensor, pulls: list[Tensor], losses: dict[str, Any]) -> None:
         """Adds a term of value 0 whose gradient turns the two losses' gradients into the projected ones."""
         if self.level == "embedding":
-            of, change = [z], [correction(*pulls)]
+            of, change = [z], [correction(pulls[0], pulls[1])]
         else:
             of = [p for name, params in self.groups.items() if name.startswith(f"{self.anchor}.") for p in params]
             if not of:

@@ -83,10 +83,11 @@ def mean_rank_variance(stage: Any, measure: MeasureConfig, records: list[dict[st
     out = [Figure(f"{measure.name}_r1", float(torch.stack(hits).mean()), "higher", n=len(records), unit="fraction")]
     for name, ranks in found.items():
         variance, deviation = rank_variance(torch.stack(ranks, 1))
-        out.append(Figure(f"{measure.name}_{name}_variance", variance, "lower", n=len(records)))
-        out.append(Figure(f"{measure.name}_{name}_deviation", deviation, "lower", n=len(records)))
+        out.append(Figure(f"{measure.name}_{name}_variance", variance, "lower", n=len(records), unit="ranks squared"))
+        out.append(Figure(f"{measure.name}_{name}_deviation", deviation, "lower", n=len(records), unit="ranks"))
     both = [f.value for f in out if f.name.endswith("_variance")]
-    return [*out, Figure(f"{measure.name}_variance", sum(both) / 2, "lower", n=len(records))]  # type: ignore[arg-type]
+    mean = sum(v for v in both if v is not None) / 2
+    return [*out, Figure(f"{measure.name}_variance", mean, "lower", n=len(records), unit="ranks squared")]
 
 
 def rank_variance(ranks: Tensor) -> tuple[float, float]:

@@ -54,11 +54,14 @@ class ProtoCLIP(Objective):
         teacher_weight: of its two losses.
         warmup: episodes without prototypes at the beginning.
         every: passes over the data for an episode.
-        hidden, dim: widths of the two heads.
+        hidden, out_dim: widths of the two heads.
         seed: of the clustering.
     """
 
-    lr_multiplier = 1.0
+    episodes: Tensor
+    cluster: Tensor
+    centroids: Tensor
+    translated: Tensor
 
     def __init__(
         self,
@@ -71,7 +74,7 @@ class ProtoCLIP(Objective):
         warmup: int = 0,
         every: int = 1,
         hidden: int = 2048,
-        dim: int = 128,
+        out_dim: int = 128,
         seed: int = 0,
     ):
         super().__init__()
@@ -83,21 +86,21 @@ class ProtoCLIP(Objective):
             raise UserError("temperature and warmup must be at least 0, and every at least 1", WHERE)
         self.pair, self.count, self.temperature = (str(pair[0]), str(pair[1])), prototypes, temperature
         self.back_translation, self.teacher, self.teacher_weight = back_translation, teacher, teacher_weight
-        self.warmup, self.every, self.hidden, self.dim, self.seed = warmup, every, hidden, dim, seed
+        self.warmup, self.every, self.hidden, self.out_dim, self.seed = warmup, every, hidden, out_dim, seed
         self.needs = frozenset({f"{s}.embedding" for s in pair} | ({f"{teacher}.pooled"} if teacher else set()))
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
         self.register_buffer("episodes", torch.zeros((), dtype=torch.long))  # epochs seen, and how far they led
 
     def setup(self, model: Any) -> None:
-        self.heads = nn.ModuleList([PrototypeHead(model.embedding_dim, self.hidden, self.dim) for _ in self.pair])
+        self.heads = nn.ModuleList([PrototypeHead(model.embedding_dim, self.hidden, self.out_dim) for _ in self.pair])
 
     def prepare(self, bank: Any) -> None:
         size = len(bank.source.records)
         names = 3 if self.teacher else 2  # clusters by the first stream, by the second, by the teacher
         self.register_buffer("cluster", torch.full((names, size), NONE, dtype=torch.long))
-        self.register_buffer("centroids", torch.zeros(2, self.count, self.dim))
+        self.register_buffer("centroids", torch.zeros(2, self.count, self.out_dim))
         # translated[s, c]: means of stream s over the clusters c, where c counts as in ``cluster``.
-        self.register_buffer("translated", torch.zeros(2, names, self.count, self.dim))
+        self.register_buffer("translated", torch.zeros(2, names, self.count, self.out_dim))
 
     @torch.no_grad()
     def on_epoch(self, bank: Any) -> None:
@@ -117,7 +120,7 @@ class ProtoCLIP(Objective):
 
     @torch.no_grad()
     def form(self, features: Sequence[tuple[Tensor, Tensor]], episode: int = 0) -> None:
-        """Clusters and prototypes from rows [N, dim] of either stream (and the teacher's), with who has them, [N] bool.
+        """Clusters and prototypes from rows [N, out_dim] of either stream (and the teacher's), [N] bool: who has them.
 
         Raises:
             UserError: fewer items than prototypes.
@@ -161,7 +164,7 @@ class ProtoCLIP(Objective):
         return self.logit_scale.exp().clamp(max=100.0)
 
     def classified(self, rows: Tensor, number: Tensor, s: int, c: int) -> Tensor:
-        """Cross-entropy of stream s's rows [B, dim] among the clusters c, of which ``number`` [B] is right; [B]."""
+        """Cross-entropy of stream s's rows [B, out_dim] among the clusters c, of which ``number`` [B] is right; [B]."""
         prototypes = self.translated[s, c] if self.back_translation or c == 2 else self.centroids[c]
         logits = self.scale * rows @ prototypes.T
         if self.temperature == 0 or c == 2:

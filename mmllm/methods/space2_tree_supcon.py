@@ -2,7 +2,7 @@
 
 slug: space2-tree-supcon
 number: 66
-shelf: 4
+shelf: 1
 kind: objective
 config: "objectives: [{type: tree_supcon, options: {streams: [image], fields: [meta.category, meta.subgroup, label]}}]"
 left_out: the dialogue encoder and its masked-word loss; items without a tree may stand in the same batch instead

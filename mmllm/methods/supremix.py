@@ -2,7 +2,7 @@
 
 slug: supremix
 number: 60
-shelf: 3
+shelf: 1
 kind: objective
 config: "objectives: [{type: supremix, options: {streams: [image], label: size}}]  # meta.size of the records: a number"
 left_out: the age and brain datasets, and the fine-tuning of a regressor after the contrastive stage.

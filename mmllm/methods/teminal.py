@@ -2,7 +2,7 @@
 
 slug: teminal
 number: 75
-shelf: 4
+shelf: 1
 kind: objective
 config: "objectives: [{type: teminal, options: {pair: [audio, text]}}]  # of sound_pairs, sampler k_per_group by group"
 left_out: the pretrained audio-language model and the sounds of ESC-50. Post-training is a phase of its own, replay a

@@ -117,7 +117,8 @@ def add_injector(model: MMLLMForConditionalGeneration, processor: MMLLMProcessor
     """
     if model.injector is not None:
         raise UserError("this model has an injector already", "injector", "leave out injector")
-    layers, width = decoder_layers(model.language_model), model.get_input_embeddings().weight.shape[1]
+    embedding: Any = model.get_input_embeddings()
+    layers, width = decoder_layers(model.language_model), embedding.weight.shape[1]
     model.injector = build_injector({**settings, "dim": width, "layers": len(layers)}).float()
     model.config.injector = model.injector.to_config()
     if not model.injector.in_place:

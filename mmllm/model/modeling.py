@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from mmllm.blocks.head import logits_only_at
+from mmllm.blocks.head import logits_only_at, loss_at_head
 from mmllm.connectors import build_connector, build_injector
 from mmllm.data.conversations import branch_mask
 from mmllm.errors import UserError
 from mmllm.model.config import MMLLMConfig
 from mmllm.model.injection import KEY, after_injection, injected, watch_layers
-from mmllm.model.media import MediaParts, Placed
+from mmllm.model.media import MediaParts
+from mmllm.model.packing import packed_call
+from mmllm.model.places import Placed
 from mmllm.towers import build_tower
 
 MEDIA_KEYS = (
@@ -59,6 +61,7 @@ class MMLLMForConditionalGeneration(MediaParts, PreTrainedModel, GenerationMixin
         )
         self.injector = build_injector(config.injector) if config.injector else None
         watch_layers(self.language_model)
+        self._chunked_loss: bool | None = None  # whether the head's loss is known to be this LLM's; tried once
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -107,6 +110,7 @@ class MMLLMForConditionalGeneration(MediaParts, PreTrainedModel, GenerationMixin
         audio_tower_tokens: Tensor | None = None,
         audio_tower_mask: Tensor | None = None,
         branch_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
         labels: Tensor | None = None,
         label_weights: Tensor | None = None,
         use_cache: bool | None = None,
@@ -119,8 +123,10 @@ class MMLLMForConditionalGeneration(MediaParts, PreTrainedModel, GenerationMixin
         Args:
             attention_mask: [B, L], or an additive float mask [B, 1, L, K].
             branch_ids: [B, L] of ``mmllm.data.conversations``; makes the mask under which branches share a prefix.
-            labels: [B, L], -100 where nothing is asked. Then ``loss`` is the mean over the labelled tokens, and
-                ``logits`` has one row for each of them only: [1, number of labelled tokens, vocabulary].
+            document_ids: [1, T], numbers of the documents of a packed row (``mmllm.data.packing``): each is computed as
+                if it stood alone, and ``attention_mask`` is not looked at.
+            labels: [B, L], -100 where nothing is asked. Then ``loss`` is the mean over the labelled tokens, made in
+                chunks (``mmllm.blocks.lm_head_loss``), and there are no ``logits``.
             label_weights: [B, L], makes the mean a weighted one.
             logits_to_keep: as in transformers; without labels.
             num_items: number (or weight) of labelled tokens, for the training loop; not used here.
@@ -139,8 +145,9 @@ class MMLLMForConditionalGeneration(MediaParts, PreTrainedModel, GenerationMixin
                 image_tower_tokens,
                 audio_tower_tokens,
                 audio_tower_mask,
+                document_ids,
             )
-        if branch_ids is not None:
+        if branch_ids is not None and document_ids is None:
             attention_mask = branch_mask(branch_ids, inputs_embeds.dtype)
         run: dict[str, Any] = dict(
             inputs_embeds=inputs_embeds,
@@ -150,26 +157,49 @@ class MMLLMForConditionalGeneration(MediaParts, PreTrainedModel, GenerationMixin
             use_cache=use_cache if labels is None else False,
             **kwargs,
         )
+        if document_ids is not None:
+            run |= packed_call(self.language_model, document_ids, branch_ids, position_ids)
         media = None
         if self.injector is not None:
-            media = run[KEY] = injected(self.injector, placed, inputs_embeds, past_key_values, branch_ids)
+            media = run[KEY] = injected(self.injector, placed, inputs_embeds, past_key_values, branch_ids, document_ids)
         if labels is None:
             out = self.language_model(**run, logits_to_keep=logits_to_keep)
             after_injection(self, media, out)
             return out
         asked = labels[:, 1:] != -100
-        targets = labels[:, 1:][asked]
-        with logits_only_at(self, *asked.nonzero(as_tuple=True)):
-            out = self.language_model(**run)
-        after_injection(self, media, out)
         # No labelled token (all answers cut away): a zero that still has a gradient path, so no process waits.
-        loss = inputs_embeds.float().sum() * 0
-        if len(targets):
-            each = F.cross_entropy(out.logits[0].float(), targets, reduction="none")
-            share = torch.ones_like(each) if label_weights is None else label_weights[:, 1:][asked].to(each)
-            loss = (each * share).sum() / share.sum()
-        out.loss = loss + self.unused_connectors(image_tower_tokens, pixel_values, audio_tower_tokens, input_features)
-        return out
+        loss: Any = inputs_embeds.float().sum() * 0
+        if bool(asked.any()):
+            share = None if label_weights is None else label_weights[:, 1:][asked]
+            rows, columns = asked.nonzero(as_tuple=True)
+            each, out = self._answer_loss(run, rows, columns, labels[:, 1:][asked], share)
+            loss = loss + each
+        else:
+            out = self.language_model(**run, logits_to_keep=1)
+            loss = loss + out.logits.float().sum() * 0
+        after_injection(self, media, out)
+        loss = loss + self.unused_connectors(image_tower_tokens, pixel_values, audio_tower_tokens, input_features)
+        return CausalLMOutputWithPast(loss=loss, hidden_states=out.hidden_states, attentions=out.attentions)
+
+    def _answer_loss(
+        self, run: dict[str, Any], rows: Tensor, columns: Tensor, targets: Tensor, share: Tensor | None
+    ) -> tuple[Tensor, Any]:
+        """The loss at the places (rows[i], columns[i]) and the LLM's output; logits exist chunk by chunk alone."""
+        if self._chunked_loss is not False:
+            with loss_at_head(self, rows, columns, targets, share) as found:
+                out = self.language_model(**run)
+            assert found.loss is not None and found.first is not None
+            if self._chunked_loss is None:
+                same = out.logits.shape == found.first.shape
+                self._chunked_loss = same and torch.allclose(out.logits, found.first, rtol=1e-2, atol=1e-2)
+            if self._chunked_loss:
+                return found.loss, out
+        # This LLM changes its logits in a way of its own: they must be made as it makes them.
+        with logits_only_at(self, rows, columns):
+            out = self.language_model(**run)
+        each = F.cross_entropy(out.logits[0].float(), targets, reduction="none")
+        share = torch.ones_like(each) if share is None else share.to(each)
+        return (each * share).sum() / share.sum(), out
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         media = {k: kwargs.pop(k) for k in MEDIA_KEYS if k in kwargs}

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from mmllm.contracts import Tower
 from mmllm.errors import UserError, unknown
+from mmllm.towers.char_gru import CharGRUTower
 from mmllm.towers.efficientnet import EfficientNetLite0Tower
 from mmllm.towers.hf import HFTower, model_class
 from mmllm.towers.hf_audio import HFAudioTower
@@ -29,6 +30,7 @@ OWN: dict[str, type[Tower]] = {
     "tiny_audio": TinyAudioTower,
     "tiny_audio_transformer": TinyAudioTransformer,
     "tiny_text": TinyTextTower,
+    "char_gru": CharGRUTower,
     "word_embeddings": WordEmbeddingTower,
 }
 HF: dict[str, type[HFTower]] = {"vision": HFVisionTower, "audio": HFAudioTower, "text": HFTextTower}
@@ -37,6 +39,7 @@ TINY: dict[str, type[Tower]] = {
     "tiny:audio": TinyAudioTower,
     "tiny:audio_transformer": TinyAudioTransformer,
     "tiny:text": TinyTextTower,
+    "tiny:char_gru": CharGRUTower,
 }
 MODALITIES = (*HF, "video")
 SETTINGS = "tower.json"  # what a Hugging Face folder's own config.json does not say: modality, layer, pooling
@@ -68,9 +71,9 @@ def load_tower(spec: str | dict[str, Any], modality: str) -> Tower:
     """A tower with weights, in eval mode.
 
     Args:
-        spec: a local folder or hub id; ``tiny:vit``, ``tiny:audio``, ``tiny:audio_transformer``, ``tiny:text`` or
-            ``timm:NAME`` (fresh weights); or a dict with ``model`` (one of these) and settings, such as
-            ``{"model": "tiny:vit", "image_size": 32}`` or ``{"model": "openai/whisper-tiny", "layer": -2}``;
+        spec: a local folder or hub id; ``tiny:vit``, ``tiny:audio``, ``tiny:audio_transformer``, ``tiny:text``,
+            ``tiny:char_gru`` or ``timm:NAME`` (fresh weights); or a dict with ``model`` (one of these) and settings,
+            such as ``{"model": "tiny:vit", "image_size": 32}`` or ``{"model": "openai/whisper-tiny", "layer": -2}``;
             ``{"type": "word_embeddings", "model": LLM}``. The setting ``train`` says what may train, see
             ``apply_train``.
         modality: ``vision``, ``audio``, ``text``, or ``video``, which takes a picture encoder and ``pooling`` over

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmllm.align.config import MeasureConfig, SourceConfig
-from mmllm.align.model import pooled_texts
 from mmllm.align.objectives import centre_cell
 from mmllm.align.reading import FIELD
 from mmllm.align.record_keys import texts_of
@@ -167,7 +166,7 @@ def augment_of(stage: AlignStage, stream: str) -> str:
 @torch.no_grad()
 def text_embeddings(stage: AlignStage, stream: str, texts: list[list[str]]) -> Tensor:
     """[N, P]: the mean tower feature of each item's texts through the head."""
-    pooled = pooled_texts(stage.model.tower(stream), [t for group in texts for t in group])
+    pooled = stage.frozen.texts(stage.model.tower(stream), [t for group in texts for t in group])
     means = torch.stack([part.mean(0) for part in pooled.split([len(g) for g in texts])])
     head = stage.model.heads[stage.model.owner(stream, "head")]
     return F.normalize(head(means.to(stage.device)).float(), dim=-1).cpu()
@@ -292,7 +291,7 @@ def probe(stage: AlignStage, measure: MeasureConfig, records: list[dict[str, Any
     """k-NN and linear probe of the first stream's embeddings for the classes of ``FIELD``."""
     assert measure.train is not None
     sides = []
-    for part in (stage.records(measure.train), records):
+    for part in (stage.records(measure.train, measure.recipes), records):
         labelled = [r for r in part if class_of(r, measure.field)]
         rows, held = stream_rows(stage, measure, measure.streams[0], labelled)
         sides.append((rows, [class_of(labelled[i], measure.field) for i in held]))

@@ -8,6 +8,7 @@ import torch
 from tower_families import FAMILIES, inputs_of, items
 
 from mmllm.align.frozen import FrozenFeatures
+from mmllm.align.model import pooled_texts
 from mmllm.data.features import FeatureCache
 from mmllm.data.media import load_audio
 from mmllm.towers import load_tower
@@ -47,3 +48,23 @@ def test_pictures_of_another_size_through_any_tower(tmp_path):
     frozen = FrozenFeatures(FeatureCache(tmp_path / "cache"), torch.float32, torch.device("cpu"))
     large = frozen(tower, records, ["tokens"], image_size=64)["tokens"]
     assert large.shape == (1, 2, 64, 32) and frozen(tower, records, ["tokens"])["tokens"].shape == (1, 2, 16, 32)
+
+
+def test_texts_are_encoded_once_and_those_of_a_tower_that_trains_each_time(tmp_path, world):
+    tower = load_tower(str(world / "text"), "text")
+    texts = [f"a picture of {c}" for c in ("red", "green", "blue")]
+    ran = []
+    tower.register_forward_hook(lambda *_: ran.append(1))
+    make = lambda: FrozenFeatures(FeatureCache(tmp_path / "cache"), torch.float32, torch.device("cpu"))  # noqa: E731
+    frozen, expected = make(), pooled_texts(tower, texts)
+    torch.testing.assert_close(frozen.texts(tower, texts), expected)
+    count = len(ran)
+    torch.testing.assert_close(make().texts(tower, texts), expected)
+    assert len(ran) == count and frozen.texts(tower, texts[:2]).shape == (2, 32)
+    with frozen.changing([tower]):
+        count = len(ran)
+        frozen.texts(tower, texts)
+        assert len(ran) == count + 1
+        next(p for p in tower.parameters() if p.ndim == 2).data.add_(1.0)
+    assert not torch.allclose(frozen.texts(tower, texts), expected)  # after training, too, it is run anew
+    assert not torch.allclose(make().texts(tower, texts), expected)  # other weights are another key

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-import mmllm.data.caption_template  # noqa: F401
+import mmllm.data.recipes  # noqa: F401
 from mmllm.errors import UserError
 from mmllm.registry import make
 

@@ -40,6 +40,13 @@ def test_backwards_is_a_record_of_its_own():
         assert back["label"] != forth["label"] and back["id"] != forth["id"]
 
 
+def test_what_is_known_of_the_parts_is_listed():
+    kinds = [{**r, "meta": {"kind": r["label"] * 2}} for r in THINGS[:8]] + THINGS[8:]
+    for record in made(kinds, length=3, count=20):
+        expected = [n * 2 if n != "e" else None for n in record["meta"]["sequence"]]
+        assert record["meta"]["kind"] == expected
+
+
 def test_records_without_a_picture_take_no_part():
     sounds = [{"id": n, "audio": f"{n}.wav", "text": n} for n in "xyz"]
     assert {n for r in made([*THINGS, *sounds], count=50) for n in r["text"]} == set("abcde")

@@ -47,9 +47,7 @@ def test_loss_is_the_weighted_sum(make_batch, unit):
     batch = make_batch({"image": unit(5, 8), "text": unit(5, 8, seed=1)})
     terms = ContrastiveGap(PAIR).terms(batch)
     infonce = InfoNCE(PAIR)(batch)["loss"].mean()
-    torch.testing.assert_close(
-        ContrastiveGap(PAIR)(batch)["loss"], infonce + terms["uniformity"] + terms["alignment"]
-    )
+    torch.testing.assert_close(ContrastiveGap(PAIR)(batch)["loss"], infonce + terms["uniformity"] + terms["alignment"])
     alone = ContrastiveGap(PAIR, contrast=0, uniformity=0, alignment=0, cross_uniformity=2)(batch)["loss"]
     torch.testing.assert_close(alone, 2 * terms["cross_uniformity"])
     bare = {"uniformity": 0, "alignment": 0, "temperature": 0.1}  # the fixture's learned scale is 10, too

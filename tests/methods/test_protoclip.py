@@ -29,7 +29,7 @@ class Same(torch.nn.Module):
 
 def objective(features, **options):
     """Ready for items 0..N-1 with these features of the two streams (and of the teacher)."""
-    made = ProtoCLIP(PAIR, dim=D, teacher="words" if len(features) > 2 else None, **options)
+    made = ProtoCLIP(PAIR, out_dim=D, teacher="words" if len(features) > 2 else None, **options)
     made.heads = torch.nn.ModuleList([Same(), Same()])
     made.prepare(SimpleNamespace(source=SimpleNamespace(records=[None] * N)))
     made.form([(x, torch.ones(N, dtype=torch.bool)) for x in features])
@@ -113,7 +113,7 @@ def test_the_teachers_clusters_add_hard_targets(make_batch, features, unit):
 
 def test_items_without_a_partner_or_before_the_first_episode(make_batch, features):
     a, b = features
-    made = ProtoCLIP(PAIR, prototypes=3, dim=D)
+    made = ProtoCLIP(PAIR, prototypes=3, out_dim=D)
     made.heads = torch.nn.ModuleList([Same(), Same()])
     made.prepare(SimpleNamespace(source=SimpleNamespace(records=[None] * N)))
     out = losses(made, a, b, make_batch)
@@ -143,7 +143,7 @@ def test_a_run_and_its_resume(settings, tmp_path, monkeypatch):  # noqa: F811
     both |= {"trains": ["image.head", "text.head"], "train": {"max_steps": 10, "logging_steps": 1, "save_steps": 3}}
     both["objectives"] = [
         {"type": "infonce", "options": {"pair": PAIR}},
-        {"type": "protoclip", "options": {"pair": PAIR, "prototypes": 4, "hidden": 16, "dim": 8, "warmup": 1}},
+        {"type": "protoclip", "options": {"pair": PAIR, "prototypes": 4, "hidden": 16, "out_dim": 8, "warmup": 1}},
     ]
     settings |= {"phases": {"both": both}, "measures": {}}
     parsed = parse_config(copy.deepcopy(settings), AlignConfig)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from mmllm.errors import UserError
 from mmllm.evaluate.benchmarks import parsers
 from mmllm.evaluate.benchmarks.base import YES_NO, Answered, Benchmark, Style
 from mmllm.evaluate.benchmarks.files import field, read_json
@@ -59,7 +60,9 @@ class Amber(Benchmark):
 
     def _sample(self, query: dict[str, Any], known: dict[int, dict[str, Any]], path: object) -> Sample:
         number, image = int(field(query, "id", path)), str(field(query, "image", path))
-        truth = field(known, number, path)
+        if number not in known:
+            raise UserError(f"no annotation of item {number}", path)
+        truth = known[number]
         kind = str(truth["type"])
         media = self.any_of(*(f"{folder}{image}" for folder in ("image/", "images/", "data/image/", "")))
         question = str(field(query, "query", path))

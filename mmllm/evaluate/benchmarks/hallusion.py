@@ -27,7 +27,7 @@ class HallusionBench(Benchmark):
     styles = {
         "official": Style(lambda s: s.question, lambda text, s: parsers.yes_no_word(text), 64, note=UNSURE),
         "llava": Style(lambda s: s.question + SHORT, lambda text, s: parsers.yes_no_word(text), 16, note=UNSURE),
-        "vlmevalkit": Style(lambda s: s.question + " Please answer yes or no.",
+        "vlmevalkit": Style(lambda s: s.question,
                             lambda text, s: parsers.yes_no_word(text), 64),
     }  # fmt: skip
     closed = True

@@ -41,7 +41,7 @@ class Mmau(Benchmark):
     kind = "audio"
     styles = {
         "official": Style(plain_prompt, by_words, 32, note="all words of an option and none of the others' alone"),
-        "lmms": Style(letter_prompt, by_letters(parsers.letter_marked), 16, note="no random guess without a letter"),
+        "lmms": Style(letter_prompt, by_letters(parsers.letter_marked), 128, note="no random guess without a letter"),
     }
     closed = True
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from mmllm.errors import UserError
-from mmllm.evaluate.benchmarks.base import Answered, Benchmark, Style
+from mmllm.evaluate.benchmarks.base import LETTER, Answered, Benchmark, Style
 from mmllm.evaluate.benchmarks.choices import by_options, letter_prompt, lettered, option_lines, options_of
 from mmllm.evaluate.benchmarks.files import read_table
 from mmllm.evaluate.benchmarks.scores import accuracy_figures, by, grouped, slug
@@ -23,6 +23,12 @@ def official_prompt(sample: Sample) -> str:
     hint = f"Hint: {sample.meta['hint']}\n" if sample.meta["hint"] else ""
     return (f"{hint}Question: {sample.question}\nOptions:\n{option_lines(options_of(sample))}\n"
             "Please select the correct answer from the options above. \n")  # fmt: skip
+
+
+def lmms_prompt(sample: Sample) -> str:
+    """lmms-eval's form, with hint, question and the announcement of the options in one line."""
+    parts = [sample.meta["hint"], sample.question, "There are several options:"]
+    return f"{' '.join(p for p in parts if p)}\n{option_lines(options_of(sample))}{LETTER}"
 
 
 def rotations(options: dict[str, str]) -> list[dict[str, str]]:
@@ -45,11 +51,8 @@ class MmBench(Benchmark):
     styles = {
         "official": Style(official_prompt, by_options, 32, note="no judge for answers without a letter"),
         "llava": Style(letter_prompt, by_options, 16, note="no judge for answers without a letter"),
+        "lmms": Style(lmms_prompt, by_options, 256, note="no judge for answers without a letter"),
     }
-    styles["lmms"] = Style(
-        lambda s: letter_prompt(Sample("", "", [], f"{s.question}\nThere are several options:", None, meta=s.meta)),
-        by_options, note="no judge for answers without a letter",
-    )  # fmt: skip
     closed = True
 
     def read(self) -> list[Sample]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from mmllm.errors import UserError
 from mmllm.evaluate.benchmarks import parsers
 from mmllm.evaluate.benchmarks.base import SHORT, YES_NO, Answered, Benchmark, Style
-from mmllm.evaluate.benchmarks.scores import by, grouped, ratio_sum_interval, slug
+from mmllm.evaluate.benchmarks.scores import by, grouped, ratio_sum_interval, slug, yes_no_figures
 from mmllm.evaluate.tasks import Row, Sample
 from mmllm.registry import register
 from mmllm.report.figures import Figure
@@ -35,7 +35,7 @@ class Mme(Benchmark):
     styles = {
         "official": Style(lambda s: s.question, lambda text, s: parsers.yes_no_prefix(text)),
         "llava": Style(lambda s: short(s.question), lambda text, s: parsers.yes_no_prefix(text)),
-        "lmms": Style(lambda s: short(s.question), lambda text, s: parsers.yes_no_prefix(text)),
+        "lmms": Style(lambda s: short(s.question), lambda text, s: parsers.yes_no_start(text)),
     }
     closed = True
 
@@ -77,7 +77,8 @@ class Mme(Benchmark):
             if there:
                 note = None if len(there) == len(members) else f"only {len(there)} of {len(members)} tasks are there"
                 out.append(self._figure(f"mme_{name}", there, note))
-        return out + [self._figure(f"mme_{slug(t)}", {str(t): some}) for t, some in tasks.items()]
+        out += [self._figure(f"mme_{slug(t)}", {str(t): some}) for t, some in tasks.items()]
+        return out + [f for f in yes_no_figures("mme", rows, self.seed) if f.name in ("mme_yes_ratio", "mme_auc")]
 
     def _figure(self, name: str, tasks: dict[str, list[Answered]], note: str | None = None) -> Figure:
         real, control = (

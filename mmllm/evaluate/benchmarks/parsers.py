@@ -42,6 +42,12 @@ def yes_no_prefix(text: str) -> str | None:
     return "yes" if "yes" in start else "no" if "no" in start else None
 
 
+def yes_no_start(text: str) -> str | None:
+    """lmms-eval's rule for MME: as the authors', full stops dropped, and a single y or n counts too."""
+    bare = text.lower().strip().replace(".", "")
+    return {"y": "yes", "n": "no"}.get(bare) or yes_no_prefix(bare)
+
+
 def yes_no_capital(text: str) -> str | None:
     """The rule of the AMBER authors: the answer is exactly ``Yes`` or ``No``."""
     return text.lower() if text in ("Yes", "No") else None
@@ -54,9 +60,14 @@ def yes_no_contains(text: str) -> str | None:
 
 
 def letter_first(text: str, letters: Sequence[str]) -> str | None:
-    """LLaVA's rule for SEED-Bench: the first character, in any case."""
-    first = text.strip()[:1].upper()
+    """lmms-eval's rule for SEED-Bench: the first character."""
+    first = text.strip()[:1]
     return first if first in letters else None
+
+
+def letter_alone(text: str, letters: Sequence[str]) -> str | None:
+    """LLaVA's rule for SEED-Bench: nothing but the letter."""
+    return text if text in letters else None
 
 
 def letter_llava(text: str, letters: Sequence[str]) -> str | None:
@@ -77,11 +88,10 @@ def letter_said(text: str, letters: Sequence[str]) -> str | None:
 
 
 def letter_dot(text: str, letters: Sequence[str]) -> str | None:
-    """lmms-eval's rule for ScienceQA: the letter alone in any case, or an upper-case letter with a full stop."""
-    text = text.strip()
-    if text.upper() in letters:
-        return text.upper()
-    return text[0] if len(text) >= 2 and text[0] in letters and text[1] == "." else None
+    """lmms-eval's rule for ScienceQA: the letter alone, or the letter and a full stop at the start."""
+    if text in letters:
+        return text
+    return text[0] if text[1:2] == "." and text[0] in letters else None
 
 
 def letter_inferred(text: str, options: Mapping[str, str]) -> str | None:
@@ -114,7 +124,7 @@ def letter_pattern(text: str, letters: Sequence[str]) -> str | None:
         match = re.search(pattern, text.strip(), re.IGNORECASE)
         if match:
             return match.group(1).upper()
-    return letter_first(text, letters)
+    return letter_first(text.upper(), letters)
 
 
 def letter_marked(text: str, letters: Sequence[str]) -> str | None:

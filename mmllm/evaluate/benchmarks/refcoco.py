@@ -58,6 +58,11 @@ def fraction_box(text: str) -> Box | None:
     return min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)
 
 
+def any_box(text: str) -> Box | None:
+    """The first ``[x0, y0, x1, y1]`` as it is."""
+    return parsers.four_numbers(text)
+
+
 def own_box(text: str) -> Box | None:
     """The first ``<box>...</box>`` of integers 0..999."""
     return next(iter(parse_boxes(text)), None)
@@ -69,7 +74,7 @@ def _style(words: Callable[[Sample], str], rule: Callable[[str], Box | None]) ->
 
 STYLES = {
     "llava": _style(lambda s: f"{ASKS}{s.question}.", fraction_box),
-    "lmms": _style(lambda s: f"{FORM}{ASKS}{s.question}", fraction_box),
+    "lmms": _style(lambda s: f"{FORM}{ASKS}{s.question}", any_box),
     "mmllm": _style(lambda s: box(s.question, (0, 0, 1, 1)).question, own_box),
 }
 STYLES["official"] = STYLES["llava"]

@@ -33,6 +33,7 @@ class Question:
 
     Attributes:
         waiting: the items with this very question, such as those that several splits of POPE share.
+        given: what is known of the answer. generate, score: what is still to be done for it.
     """
 
     benchmark: Benchmark
@@ -40,6 +41,8 @@ class Question:
     asked: str
     waiting: list[Key]
     given: Given
+    generate: bool
+    score: bool
 
 
 def run_benchmarks(
@@ -50,7 +53,7 @@ def run_benchmarks(
     decode: str = "greedy",
     limit: int | None = None,
     out: str | Path | None = None,
-    shuffled: bool = True,
+    control: str = "shuffled",
     seed: int = 0,
     margins: bool = True,
     control_clusters: int | None = CONTROL_CLUSTERS,
@@ -68,6 +71,8 @@ def run_benchmarks(
         tasks: names of benchmarks.
         style: for all of them; None takes each one's first.
         out: default ``bench/STYLE_DECODE`` in the model's folder.
+        control: ``shuffled`` (the media of another cluster), ``blind`` (none) or ``none``; asked for the first
+            ``control_clusters`` of each split.
         margins: also score the choices of closed questions, for the AUC.
         decoder: anything with the decoder's ``score`` and ``generate``; made from ``model_path`` when absent.
 
@@ -91,24 +96,24 @@ def run_benchmarks(
     identity = {"model": model, "weights": weights_id(model) if model else None, "decode": spec, "seed": seed,
                 "styles": {b.name: b.style_name for b in benchmarks}}  # fmt: skip
     store = AnswerStore(folder, identity)
-    if shuffled:
+    if control != "none":
         for b in benchmarks:
-            asked[b.name] += b.control(first_clusters(asked[b.name], control_clusters), seed)
+            asked[b.name] += b.control(first_clusters(asked[b.name], control_clusters), seed, control == "blind")
     questions = open_questions(benchmarks, asked, store, margins)
     if questions:
         ask(decoder if decoder is not None else load_decoder(model_path), questions, store, spec, seed)
     rows = {b.name: [judged(b, s, store) for s in asked[b.name]] for b in benchmarks}
-    found = {b.name: figures_of(b, rows[b.name]) for b in benchmarks}
+    found = {b.name: figures_of(b, rows[b.name], control) for b in benchmarks}
     write_rows(folder / "predictions.jsonl", rows)
     told = {b.name: about(b, rows[b.name], found[b.name]) for b in benchmarks}
-    figures = write_results(folder / "results.json", found, told, command, seed,
-                            {**identity, "data": str(data), "limit": limit,
-                             "seconds": round(time.monotonic() - start, 1)})  # fmt: skip
-    return figures
+    extra = {k: identity[k] for k in ("model", "weights", "decode")}
+    extra |= {"data": str(data), "limit": limit, "control": control, "seconds": round(time.monotonic() - start, 1)}
+    return write_results(folder / "results.json", found, told, command, seed, extra)
 
 
 def key_of(benchmark: Benchmark, sample: Sample) -> Key:
-    return benchmark.name, split_of(sample), sample.id, sample.control
+    control = ("shuffled" if sample.media else "blind") if sample.control else ""
+    return benchmark.name, split_of(sample), sample.id, control
 
 
 def question_of(benchmark: Benchmark, sample: Sample) -> str:
@@ -124,11 +129,12 @@ def open_questions(
         for s in asked[b.name]:
             asked_id = question_of(b, s)
             given = store.get(key_of(b, s), asked_id) or Given(None)
-            lacks_answer = given.answer is None and not b.style.scored
-            lacks_scores = bool(s.choices) and given.scores is None and (margins or b.style.scored)
-            if lacks_answer or lacks_scores:
+            generate = given.answer is None and not b.style.scored
+            score = bool(s.choices) and given.scores is None and (margins or b.style.scored)
+            if generate or score:
                 whole = (b.name, asked_id, tuple(s.media), given.answer)
-                found.setdefault(whole, Question(b, s, asked_id, [], given)).waiting.append(key_of(b, s))
+                question = found.setdefault(whole, Question(b, s, asked_id, [], given, generate, score))
+                question.waiting.append(key_of(b, s))
     return list(found.values())
 
 
@@ -141,9 +147,9 @@ def ask(decoder: Any, questions: Sequence[Question], store: AnswerStore, decode:
         limit = max(q.benchmark.style.max_new_tokens, 1)
         return Request(q.benchmark.prompt(q.sample), decode, max_new_tokens=limit, seed=salt)
 
-    free = [q for q in questions if q.given.answer is None and not q.benchmark.style.scored]
+    free = [q for q in questions if q.generate]
     free.sort(key=lambda q: (q.benchmark.style.max_new_tokens, q.sample.media))
-    closed = sorted((q for q in questions if q.sample.choices), key=lambda q: (q.sample.kind, q.sample.media))
+    closed = sorted((q for q in questions if q.score), key=lambda q: (q.sample.kind, q.sample.media))
     progress = Progress(len(free) + len(closed))
     for start in range(0, len(free), GENERATE_PORTION):
         portion = free[start : start + GENERATE_PORTION]
@@ -185,9 +191,16 @@ def judged(benchmark: Benchmark, sample: Sample, store: AnswerStore) -> Answered
     return row
 
 
-def figures_of(benchmark: Benchmark, rows: Sequence[Answered]) -> list[Figure]:
+def figures_of(benchmark: Benchmark, rows: Sequence[Answered], control: str = "shuffled") -> list[Figure]:
     """All figures of a benchmark; the share of answers that no rule accepted stands among them."""
     figures = benchmark.aggregate(rows)
+    if control == "blind":
+        for f in figures:
+            f.name = f.name.replace("_over_shuffled", "_over_blind")
+            if f.name.endswith("_over_blind"):
+                f.note = "paired difference to the control without media"
+            elif f.control is not None:
+                f.note = "; ".join(filter(None, (f.note, "control: no media")))
     if benchmark.parses:
         figures.append(unparsed_figure(benchmark.name, rows))
     if figures and benchmark.style.note:

@@ -25,7 +25,7 @@ class SeedBench(Benchmark):
     source = "huggingface.co/datasets/AILab-CVC/SEED-Bench"
     styles = {
         "official": letter_style(parsers.letter_first, note="pictures only, no videos"),
-        "llava": letter_style(parsers.letter_first, note="pictures only, no videos"),
+        "llava": letter_style(parsers.letter_alone, note="pictures only, no videos"),
         "lmms": letter_style(parsers.letter_first, note="pictures only, no videos"),
     }
     closed = True
@@ -37,7 +37,7 @@ class SeedBench(Benchmark):
         rows = [r for r in field(data, "questions", path) if r.get("data_type", "image") == "image"]
         return [self._sample(r, kinds, path) for r in rows]
 
-    def _sample(self, row: dict[str, Any], kinds: dict[int, str], path: object) -> Sample:
+    def _sample(self, row: dict[str, Any], kinds: dict[Any, str], path: object) -> Sample:
         name = str(field(row, "data_id", path))
         options = lettered([field(row, f"choice_{x}", path) for x in "abcd"])
         kind = row.get("question_type_id")

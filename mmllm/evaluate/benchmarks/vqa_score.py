@@ -56,15 +56,20 @@ def without_articles(text: str) -> str:
     return " ".join(CONTRACTIONS.get(w, w) for w in kept)
 
 
-def official_answer(text: str) -> str:
-    """A model's answer as the script of VQA normalises it."""
-    return without_articles(without_punctuation(text.replace("\n", " ").replace("\t", " ").strip()))
+def official_answer(text: str, people: Sequence[str]) -> str:
+    """An answer, of the model or of people, as the script of VQA normalises it: not at all where all people agree."""
+    text = _one_line(text)
+    return text if len({_one_line(p) for p in people}) == 1 else without_articles(without_punctuation(text))
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()
 
 
 def evalai_answer(text: str) -> str:
     """An answer, of the model or of people, as the EvalAI script normalises it; LLaVA and lmms-eval use this one."""
-    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
-    return without_articles(without_punctuation(text.replace("\n", " ").replace("\t", " ")))
+    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
+    return without_articles(without_punctuation(_one_line(text)))
 
 
 def soft_score(answer: str, people: Sequence[str]) -> float:
@@ -75,13 +80,12 @@ def soft_score(answer: str, people: Sequence[str]) -> float:
 
 
 def official_score(answer: str, people: Sequence[str]) -> float:
-    """The soft score with the official normalisation: people's answers lose punctuation only where they disagree.
+    """The soft score with the official normalisation of both sides.
 
     Args:
         answer: raw answer of the model. people: raw answers.
     """
-    said = [without_punctuation(p) for p in people] if len(set(people)) > 1 else list(people)
-    return soft_score(official_answer(answer), said)
+    return soft_score(official_answer(answer, people), [official_answer(p, people) for p in people])
 
 
 def evalai_score(answer: str, people: Sequence[str]) -> float:

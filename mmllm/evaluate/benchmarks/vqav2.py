@@ -23,7 +23,7 @@ class VqaV2(Benchmark):
     source = "visualqa.org/download.html"
     parses = False
     styles = {
-        "official": Style(lambda s: s.question + SHORT, lambda text, s: official_answer(text)),
+        "official": Style(lambda s: s.question + SHORT, lambda text, s: official_answer(text, s.gold)),
         "llava": Style(lambda s: s.question + SHORT, lambda text, s: evalai_answer(text)),
         "lmms": Style(lambda s: s.question + SHORT, lambda text, s: evalai_answer(text)),
     }

@@ -61,7 +61,8 @@ def test_mmbench_prompts_and_hidden_answers(mmbench, make):
                                    "Please select the correct answer from the options above. \n")  # fmt: skip
     letter = "Answer with the option's letter from the given choices directly."
     assert prompts["llava"] == f"It is an animal.\nWhat is it?\nA. cat\nB. dog\nC. owl\n{letter}"
-    assert "There are several options:\nA. cat" in prompts["lmms"]
+    assert prompts["lmms"] == ("It is an animal. What is it? There are several options:\nA. cat\nB. dog\nC. owl\n"
+                               + letter)  # fmt: skip
     write_tsv(mmbench / "MMBench/mmbench_dev_en.tsv", [[0, "q", "", "a", "b", "", "", "", "", "", "xx"]])
     with pytest.raises(UserError, match="no answers"):
         make.canned("mmbench", mmbench, lambda s: "", scratch=mmbench)
@@ -75,11 +76,12 @@ def test_seed(tmp_path, make):
     make.dump(tmp_path / "SEED-Bench.json", {"questions": questions, "question_type": {"Scene": 1, "Count": 2}})
     for i in range(4):
         make.draw(tmp_path / "SEED-Bench-image" / f"p{i}.jpg")
-    got, rows, _ = make.canned("seed", tmp_path, lambda s: "b. x" if s.id in ("q0", "q1", "q2") else "I think B")
+    got, rows, _ = make.canned("seed", tmp_path, lambda s: "B. x" if s.id in ("q0", "q1", "q2") else "I think B")
     assert len(rows) == 4 and got["seed_accuracy"].value == 0.75 and got["seed_accuracy"].chance == 0.25
     assert got["seed_accuracy_Scene"].value == 1 and got["seed_accuracy_Count"].value == 0.5
     assert rows[0].prompt.startswith("What?\nA. w\nB. x\nC. y\nD. z\nAnswer with the option's letter")
     assert [r.parsed for r in rows] == ["B", "B", "B", None]
+    assert make.canned("seed", tmp_path, lambda s: "B. x", "llava")[0]["seed_accuracy"].value == 0
 
 
 def test_scienceqa(tmp_path, make):

@@ -32,7 +32,7 @@ def test_yes_and_no(text, official, exact, word, prefix, capital, contains):
     "text, first, llava, said, dot, pattern, marked",
     [
         ("B", "B", "B", None, "B", "B", "B"),
-        ("b", "B", None, None, "B", "B", None),
+        ("b", None, None, None, None, "B", None),
         ("B.", "B", None, None, "B", "B", "B"),
         ("B. a dog", "B", "B", None, "B", "B", "B"),
         ("B\nbecause", "B", "B", None, None, "B", None),
@@ -124,3 +124,15 @@ def test_boxes(text, box):
 
 def test_bare_answers():
     assert [parsers.bare_answer(x) for x in (" Red. ", "red", "Mr. X.", "")] == ["red", "red", "mr. x", ""]
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [("Y", "yes"), ("n.", "no"), ("Yes.", "yes"), ("N.o", "no"), ("not", "no"), ("maybe", None), ("", None)],
+)
+def test_the_start_of_yes_and_no(text, answer):
+    assert parsers.yes_no_start(text) == answer
+
+
+def test_a_letter_alone():
+    assert [parsers.letter_alone(x, ["A", "B"]) for x in ("A", "B", "A.", "C", "")] == ["A", "B", None, None, None]
