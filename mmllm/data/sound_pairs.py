@@ -52,7 +52,7 @@ class PairedSound(Blob):
         parts = [load_audio(m, RATE) for m in (self.first, self.second)]
         if self.how == "overlay":
             longest = max(map(len, parts))
-            return sum(np.pad(p, (0, longest - len(p))) for p in parts) / 2
+            return np.stack([np.pad(p, (0, longest - len(p))) for p in parts]).mean(0)
         parts = parts if self.how == "forward" else parts[::-1]
         return np.concatenate([parts[0], np.zeros(round(self.gap * RATE), np.float32), parts[1]])
 

@@ -212,7 +212,8 @@ def glscl(
     texts = [texts_of(r)[0] for r in records]
     names = list(dict.fromkeys(texts))
     video, text = measure.streams
-    tokens, mask = by_frame(*token_rows(stage, measure, video, records, [], _Tokens()), frames)
+    patches, valid = token_rows(stage, measure, video, records, [], _Tokens())
+    tokens, mask = by_frame(patches, valid, frames)
     words, word_mask = token_rows(stage, measure, text, [], names, _Tokens())
     sim = text_conditioned(text_vector(words, word_mask, text_token), tokens, mask.bool(), temperature)
     positive = torch.tensor([[n == t for t in texts] for n in names])

@@ -81,9 +81,7 @@ def test_a_negatives_gradient_is_its_share_over_its_temperature(make_batch, unit
     factor = made.factor(features, same)
     loss = contrast(x, y, scale=1 / 0.07, scale_fn=lambda i, j: factor[i, j]).mean()
     (grad,) = torch.autograd.grad(loss, y)
-    expected = torch.stack(
-        [sum((p[i, j] - float(i == j)) / tau[i, j] * x[i] for i in range(4)) / 4 for j in range(4)]
-    )
+    expected = torch.stack([sum((p[i, j] - float(i == j)) / tau[i, j] * x[i] for i in range(4)) / 4 for j in range(4)])
     torch.testing.assert_close(grad, expected)
 
 
