@@ -12,7 +12,7 @@ ALL = "pope,caption,side,box,interleaved,hear,retrieval"
 
 @click.command("eval")
 @click.option("--model", type=click.Path(path_type=Path), help="Run folder (or model folder) of a tuned model.")
-@click.option("--align", type=click.Path(path_type=Path), help="Align run, for the task retrieval.")
+@click.option("--align", type=click.Path(path_type=Path), help="Align run, for retrieval, caption benchmarks, ESC-50.")
 @click.option(
     "--data",
     default="starter:full",
@@ -38,6 +38,7 @@ ALL = "pope,caption,side,box,interleaved,hear,retrieval"
 @click.option(
     "--margins/--no-margins", default=True, show_default=True, help="Benchmarks: also score the choices, for the AUC."
 )
+@click.option("--blind", is_flag=True, help="Benchmarks: the control shows no media instead of shuffled ones.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for results.json and predictions.jsonl.")
 def command(
@@ -51,6 +52,7 @@ def command(
     limit: int | None,
     shuffled: bool,
     margins: bool,
+    blind: bool,
     seed: int,
     out: Path | None,
 ) -> None:
@@ -70,19 +72,25 @@ def command(
     if tasks is not None and are_benchmarks(wanted, data, style):
         from mmllm.evaluate.benchmarks.runner import run_benchmarks
 
+        if (model is None) == (align is None):
+            what = "nothing to measure" if model is None else "a model and an align run at once"
+            raise UserError(what, do="give --model RUN for questions, or --align RUN for retrieval")
         if align is not None:
-            raise UserError("benchmarks ask a multimodal model, not an align run", "--align", "give --model RUN")
-        if model is None:
-            raise UserError("nothing to measure", do="give --model RUN")
-        figures = run_benchmarks(model, data, wanted, style, decode, limit, out, shuffled, seed, margins, command=line)
+            from mmllm.evaluate.benchmarks.aligned import run_aligned
+
+            print_figures(run_aligned(align, data, wanted, limit, out, seed, line), f"{align} on {data}")
+            return
+        control = "blind" if blind else "shuffled" if shuffled else "none"
+        figures = run_benchmarks(model, data, wanted, style, decode, limit, out, control, seed, margins, command=line)
         print_figures(figures, f"{model} on {data} in style {style or 'default'}, decoded {decode}")
         return
     from mmllm.evaluate.run import run_eval
 
     if model is None and align is None:
         raise UserError("nothing to measure", do="give --model RUN, --align RUN or both")
-    if style is not None:
-        raise UserError("styles are for benchmarks", "--style", "leave it out, or name benchmarks: mmllm eval --list")
+    if style is not None or blind:
+        option = "--blind" if style is None else "--style"
+        raise UserError("this is for benchmarks", option, "leave it out, or name benchmarks: mmllm eval --list")
     if tasks is None:
         wanted = [t for t in wanted if (align if t == "retrieval" else model) is not None]
     figures = run_eval(model, data, wanted, decode, limit, out, shuffled, align, seed, command=line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -230,6 +231,10 @@ class Connector(nn.Module):
     def num_tokens(self, grid_or_length: Any) -> int:
         """Exact number of output tokens for an input grid (t, h, w) or number of valid tower tokens."""
         raise NotImplementedError
+
+    def out_grid(self, grid: tuple[int, int, int] | None) -> tuple[int, int, int] | None:
+        """The grid on which the output tokens of an input grid lie; None where they lie on none."""
+        return grid if grid is not None and self.num_tokens(grid) == math.prod(grid) else None
 
     def to_config(self) -> dict[str, Any]:
         """A JSON-able dict from which ``build_connector`` makes the same architecture."""

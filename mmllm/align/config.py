@@ -252,7 +252,7 @@ class MeasureConfig(StrictModel):
         field: of ``meta`` (or of the record itself), for zero_shot and probe.
         templates: of zero_shot's prompts; ``{}`` is the class.
         train: records of the training part, for probe.
-        recipes: as in SourceConfig.
+        recipes: as in SourceConfig; also of ``train``.
         by: of pairs, what belongs together: the rows of one record, or of all records with one label.
         frames: of each video.
         scorer: what says how alike two items are, for pairs; see ``mmllm.align.scorers``.

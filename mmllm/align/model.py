@@ -153,7 +153,7 @@ class AlignModel(nn.Module):
         if "token_embedding" in want:
             tokens, out.token_mask = modules["connector"](features)
             out.token_embedding = tokens.float()
-            out.grid = features.grid
+            out.grid = modules["connector"].out_grid(features.grid)
         return out
 
     def features(

@@ -182,6 +182,8 @@ class RegionAlign(Objective):
         rows = []
         for i in range(len(tokens)):
             boxes = batch.boxes[i] if batch.boxes is not None else None
+            if boxes and grid is None:
+                raise UserError("boxes, but tokens on no grid", self.stream, "use a connector that keeps the grid")
             if boxes is not None and grid is not None:
                 rows.append(box_targets(boxes, grid[1:], index))
             else:

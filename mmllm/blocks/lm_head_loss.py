@@ -33,7 +33,7 @@ class _HeadLoss(torch.autograd.Function):
         # Gradients of the sum; its division by the total waits for the backward, so that float16 does not underflow.
         grads = [
             torch.empty_like(hidden) if wants[0] else None,
-            torch.zeros_like(weight, dtype=wide) if wants[1] else None,
+            torch.zeros_like(weight, dtype=wide) if wants[1] and len(hidden) > rows else None,
             torch.zeros_like(bias, dtype=wide) if wants[2] and bias is not None else None,
         ]
         total = hidden.new_zeros((), dtype=wide)
@@ -60,6 +60,8 @@ class _HeadLoss(torch.autograd.Function):
                 grads[0][at : at + rows] = low @ weight
             if grads[1] is not None:
                 grads[1] += low.T @ h.to(low.dtype)
+            elif wants[1]:  # a single chunk has nothing to be added to
+                grads[1] = low.T @ h.to(low.dtype)
             if grads[2] is not None:
                 grads[2] += z.sum(0)
         count = share.to(wide).sum()

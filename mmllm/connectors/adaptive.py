@@ -84,3 +84,6 @@ class AdaptivePoolConnector(FolderConnector):
     def num_tokens(self, grid_or_length: Any) -> int:
         frames = grid_or_length[0] if isinstance(grid_or_length, (tuple, list)) else 1
         return frames * self.rows * self.columns
+
+    def out_grid(self, grid: tuple[int, int, int] | None) -> tuple[int, int, int] | None:
+        return None if grid is None else (grid[0], self.rows, self.columns)

@@ -95,6 +95,9 @@ class CAbstractorConnector(FolderConnector):
             raise no_grid()
         return grid_or_length[0] * self.rows * self.columns
 
+    def out_grid(self, grid: tuple[int, int, int] | None) -> tuple[int, int, int] | None:
+        return None if grid is None else (grid[0], self.rows, self.columns)
+
 
 def no_grid() -> UserError:
     return UserError(

@@ -99,3 +99,6 @@ class PerceiverConnector(FolderConnector):
 
     def num_tokens(self, grid_or_length: Any) -> int:
         return self.num_latents
+
+    def out_grid(self, grid: tuple[int, int, int] | None) -> None:
+        """None: a token belongs to no place."""

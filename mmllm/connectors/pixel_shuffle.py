@@ -68,3 +68,6 @@ class PixelShuffleConnector(FolderConnector):
             t, h, w = grid_or_length
             return t * math.ceil(h / s) * math.ceil(w / s)
         return math.ceil(int(grid_or_length) / (s * s))
+
+    def out_grid(self, grid: tuple[int, int, int] | None) -> tuple[int, int, int] | None:
+        return None if grid is None else (grid[0], -(-grid[1] // self.factor), -(-grid[2] // self.factor))

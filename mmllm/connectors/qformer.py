@@ -153,6 +153,9 @@ class QFormerConnector(FolderConnector):
     def num_tokens(self, grid_or_length: Any) -> int:
         return self.num_queries
 
+    def out_grid(self, grid: tuple[int, int, int] | None) -> None:
+        """None: a token belongs to no place."""
+
 
 def sinusoids(place: Tensor, dim: int) -> Tensor:
     """Places [...] -> [..., dim]: sines, then cosines, of wavelengths from 2 pi to 10,000 times that."""

@@ -155,3 +155,8 @@ class AvgPoolConnector(FolderConnector):
             t, h, w = grid_or_length
             return t * math.ceil(h / self.stride) * math.ceil(w / self.stride)
         return math.ceil(int(grid_or_length) / self.stride)
+
+    def out_grid(self, grid: tuple[int, int, int] | None) -> tuple[int, int, int] | None:
+        if grid is None or self.fixed is not None:
+            return None
+        return (grid[0], math.ceil(grid[1] / self.stride), math.ceil(grid[2] / self.stride))

@@ -113,3 +113,6 @@ class TokenMergeConnector(FolderConnector):
             t, h, w = grid_or_length
             return t * self.left(h * w)
         return self.left(int(grid_or_length))
+
+    def out_grid(self, grid: tuple[int, int, int] | None) -> None:
+        """None: a token belongs to no place."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from mmllm.data.conversations import (
     IGNORE,
     Conversation,
+    Encoded,
     answer_weights,
     assemble,
     collate,
@@ -116,6 +117,10 @@ class ChatBatches:
             choose = rng.permutation(n)[:take].tolist()
             encoded.append(assemble(conversation, self.processor, self.audio_tokens, choose, self.max_length))
         batch: dict[str, Any] = dict(collate(encoded, self.processor.pad_id))
+        return self.finished(batch, encoded)
+
+    def finished(self, batch: dict[str, Any], encoded: Sequence[Encoded]) -> dict[str, Any]:
+        """The batch with its media inputs and the weights of its answers."""
         batch |= self.media_inputs([m for row in encoded for m in row.media])
         batch["num_items"] = int((batch["labels"][:, 1:] != IGNORE).sum())
         if self.length_normalization:

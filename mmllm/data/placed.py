@@ -70,12 +70,13 @@ class Placed(DataRecipe):
     ):
         if len(sizes) != 2 or not 0 < sizes[0] <= sizes[1] <= 1:
             raise UserError(f"sizes must be two shares of the canvas, the smaller first (got {list(sizes)})", "placed")
-        self.side, self.sizes, self.steps, self.field, self.seed = side, tuple(sizes), steps, field, seed
+        self.side, self.low, self.high = side, float(sizes[0]), float(sizes[1])
+        self.steps, self.field, self.seed = steps, field, seed
 
     def apply(self, records: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         rng = np.random.default_rng(self.seed)
         for record in records:
-            long = max(1, round(rng.uniform(*self.sizes) * self.side))
+            long = max(1, round(rng.uniform(self.low, self.high) * self.side))
             x, y = (int(v) for v in rng.integers(0, self.side - long + 1, 2))
             light = tuple(int(v) for v in rng.integers(190, 256, 3))
             if not record.get("image"):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+import mmllm.data.bags  # noqa: F401  (registers its recipes)
 import mmllm.data.box_numbers  # noqa: F401  (registers its recipes)
 import mmllm.data.caption_template  # noqa: F401  (registers its recipes)
 import mmllm.data.exclusive_or  # noqa: F401  (registers its recipes)
@@ -17,6 +18,7 @@ import mmllm.data.languages  # noqa: F401  (registers its recipes)
 import mmllm.data.noise  # noqa: F401  (registers its recipes)
 import mmllm.data.placed  # noqa: F401  (registers its recipes)
 import mmllm.data.sequences  # noqa: F401  (registers its recipes)
+import mmllm.data.sound_pairs  # noqa: F401  (registers its recipes)
 from mmllm.contracts import DataRecipe
 from mmllm.data.captions import label_of
 from mmllm.data.questions import with_article

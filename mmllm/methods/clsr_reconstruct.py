@@ -39,6 +39,8 @@ class CLSR(PairObjective):
         spread: how much higher the temperature of a negative is that is alike already: ``T (1 + spread g_ij)``, where
             g is the mean cosine of the towers' features in both streams, cut to 0..1. Negatives that are alike are
             pushed away less.
+        centred: cosines around the batch's mean features. Without it, features that share a large common part (most
+            towers') double every negative's temperature, and items that all lie in one place have almost no loss.
         reconstruct: weight of rebuilding either tower's features from either embedding, by a decoder for each stream.
         hidden_dim: of the decoders; None: the tower's width.
     """
@@ -50,13 +52,14 @@ class CLSR(PairObjective):
         temperature: float | None = 0.07,
         intra: bool = True,
         spread: float = 1.0,
+        centred: bool = True,
         reconstruct: float = 1.0,
         hidden_dim: int | None = None,
     ):
         super().__init__(pair, same_label)
         if (temperature is not None and temperature <= 0) or min(spread, reconstruct) < 0:
             raise UserError("temperature must be above 0, spread and reconstruct at least 0", "objective 'clsr'")
-        self.temperature, self.intra, self.spread = temperature, intra, spread
+        self.temperature, self.intra, self.spread, self.centred = temperature, intra, spread, centred
         self.reconstruct, self.hidden_dim = reconstruct, hidden_dim
         self.gathered = True  # likeness is taken between all items of both streams
         if spread or reconstruct:
@@ -107,7 +110,7 @@ class CLSR(PairObjective):
         """1 / (1 + spread g_ij), 1 where items belong together; [n, n]."""
         if not self.spread:
             return torch.ones(same.shape, device=same.device)
-        unit = [F.normalize(f, dim=-1) for f in features]
+        unit = [F.normalize(f - f.mean(0) if self.centred else f, dim=-1) for f in features]
         alike = sum(u @ u.T for u in unit) / 2
         return (1 / (1 + self.spread * alike.clamp(0, 1))).masked_fill(same, 1.0)  # type: ignore[union-attr]
 

@@ -162,6 +162,7 @@ class Identity(Objective):
     """
 
     lr_multiplier = 5.0
+    known: Tensor
 
     def __init__(self, pair: Sequence[str], identities: int, scale: float = 16.0):
         super().__init__()

@@ -132,7 +132,8 @@ class M3CoL(Objective):
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Each row's share of itself [N] (1 where it is not mixed) and the row that it is mixed with [N]."""
         # Beta(a, a) as x / (x + y) of two Gamma(a) draws, which take a generator.
-        gamma = torch._standard_gamma(torch.full((2, count), self.alpha, dtype=torch.float64), generator=generator)
+        shape = torch.full((2, count), self.alpha, dtype=torch.float64)
+        gamma = torch._standard_gamma(shape, generator=generator)  # pyright: ignore[reportPrivateImportUsage]
         share = (gamma[0] / gamma.sum(0).clamp(min=1e-300)).float()
         kept = torch.rand(count, generator=generator) >= self.p
         return share.masked_fill(kept, 1.0), torch.randperm(count, generator=generator)

@@ -113,7 +113,7 @@ def joined_probe(stage: Any, measure: Any, records: list[dict[str, Any]]) -> lis
     if measure.train is None:
         raise UserError("it needs 'train'", f"measure '{measure.name}'", "name the records that the probe is fitted to")
     sides = []
-    for part in (stage.records(measure.train), records):
+    for part in (stage.records(measure.train, measure.recipes), records):
         labelled = [r for r in part if class_of(r, measure.field)]
         rows, held = joined_rows(stage, measure, measure.streams, labelled)
         sides.append((rows, [class_of(labelled[i], measure.field) for i in held]))

@@ -58,7 +58,10 @@ class ProtoCLIP(Objective):
         seed: of the clustering.
     """
 
-    lr_multiplier = 1.0
+    episodes: Tensor
+    cluster: Tensor
+    centroids: Tensor
+    translated: Tensor
 
     def __init__(
         self,

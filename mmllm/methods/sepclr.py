@@ -178,7 +178,8 @@ class Overlay(DataRecipe):
         canvas = load_image(medium, self.side).resize((self.side, self.side))
         if cutout is not None:
             thing = open_image(cutout).convert("RGBA")
-            thing.thumbnail((round(self.side * self.size),) * 2)
+            side = round(self.side * self.size)
+            thing.thumbnail((side, side))
             x, y = (int(p * (self.side - n + 1)) for p, n in zip(place, thing.size))
             thing_on = Image.new("RGBA", canvas.size)
             thing_on.paste(thing, (x, y))

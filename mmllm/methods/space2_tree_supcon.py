@@ -154,8 +154,7 @@ def tree_order(
     Args:
         fields: the levels of the tree from the top down, as in the objective.
     """
-    from scipy.stats import spearmanr
-
+    from mmllm.evaluate.correlation import spearman
     from mmllm.evaluate.stats import derangement
     from mmllm.train.align_measures import class_of, stream_rows
 
@@ -168,6 +167,6 @@ def tree_order(
     unit = F.normalize(rows.float(), dim=-1)
     swapped = unit[derangement(len(unit), stage.config.train.seed)]
     own, other = ((u @ u.T)[pairs].numpy() for u in (unit, swapped))
-    value, control = (float(spearmanr(x, truth[pairs].numpy()).statistic) for x in (own, other))
+    value, control = (spearman(x, truth[pairs].numpy()) for x in (own, other))
     note = f"Spearman of cosine and tree score over {len(pairs[0]):,} pairs"
     return [Figure(measure.name, value, "higher", n=len(rows), unit="", control=control, note=note)]

@@ -156,8 +156,7 @@ def ordinal(
     Args:
         penalty: of the regression, per training row.
     """
-    from scipy.stats import spearmanr
-
+    from mmllm.evaluate.correlation import spearman
     from mmllm.evaluate.stats import derangement, mean_interval
     from mmllm.train.align_measures import stream_rows
 
@@ -179,7 +178,7 @@ def ordinal(
     chance = float((truth - y.median()).abs().mean())
     pairs = torch.triu_indices(len(query), len(query), 1)
     apart = (truth[pairs[0]] - truth[pairs[1]]).abs(), (query[pairs[0]] - query[pairs[1]]).norm(dim=-1)
-    order = float(spearmanr(*(v.numpy() for v in apart)).statistic)
+    order = spearman(*(v.numpy() for v in apart))
     return [
         Figure(
             f"{measure.name}_error", value, "lower", low, high, len(query), None, control, c_low, c_high, chance,

@@ -51,13 +51,17 @@ def watch_layers(llm: Any) -> None:
 
 
 def media_of_rows(
-    placed: Sequence[Placed], shape: tuple[int, int], attend: str, segments: Tensor | None, shared: bool
+    placed: Sequence[Placed],
+    shape: tuple[int, int],
+    attend: str,
+    branch_ids: Tensor | None = None,
+    document_ids: Tensor | None = None,
 ) -> InjectedMedia | None:
     """What each token of rows [B, L] sees: the last medium at or before it, or all of them; None without media.
 
     Args:
-        segments: [B, L] int; a token sees media of its own segment only, and where ``shared`` those of segment 0 (the
-            prefix of branches) too.
+        branch_ids: [B, L]; a token sees media of its own branch and of the prefix (0).
+        document_ids: [B, L]; a token sees media of its own document.
     """
     placed = [p for p in placed if len(p.tokens)]
     if not placed:
@@ -76,9 +80,12 @@ def media_of_rows(
     valid = mask.new_zeros(batch, slots, most).index_put((rows, slot), mask)
     start = torch.full((batch, slots), length, device=rows.device).index_put((rows, slot), columns)
     sees = start[:, None] <= torch.arange(length, device=rows.device)[:, None]  # [B, L, slots]
-    if segments is not None:
-        own = segments.gather(1, start.clamp(max=length - 1))[:, None]
-        sees &= (own == segments[..., None]) | ((own == 0) if shared else torch.zeros_like(own, dtype=torch.bool))
+    first = start.clamp(max=length - 1)
+    if branch_ids is not None:
+        own = branch_ids.gather(1, first)[:, None]
+        sees &= (own == branch_ids[..., None]) | (own == 0)
+    if document_ids is not None:
+        sees &= document_ids.gather(1, first)[:, None] == document_ids[..., None]
     if attend == "last":
         last = (sees * torch.arange(1, slots + 1, device=rows.device)).max(-1, keepdim=True).values
         sees &= torch.arange(1, slots + 1, device=rows.device) == last
@@ -144,16 +151,16 @@ def held(cache: Any, length: int) -> InjectedMedia | None:
 
 
 def injected(
-    injector: Injector, placed: Sequence[Placed], embeds: Tensor, cache: Any, branch_ids: Tensor | None
+    injector: Injector, placed: Sequence[Placed], embeds: Tensor, cache: Any, *segments: Tensor | None
 ) -> InjectedMedia | None:
-    """What the injector's layers see in a call with embeds [B, L, H]."""
+    """What the injector's layers see in a call with embeds [B, L, H]; ``segments`` as in ``media_of_rows``."""
     if cache is not None and cache.get_seq_length() > 0:
         if placed:
             raise UserError("new media after the first tokens of a cache", do="give the whole prompt at once")
         media = held(cache, embeds.shape[1])
     else:
         shape = (embeds.shape[0], embeds.shape[1])
-        media = media_of_rows(placed, shape, injector.attend, branch_ids, branch_ids is not None)
+        media = media_of_rows(placed, shape, injector.attend, *segments)
     if media is not None:
         media.injector = injector
     return media

@@ -16,7 +16,9 @@ from mmllm.data.conversations import branch_mask
 from mmllm.errors import UserError
 from mmllm.model.config import MMLLMConfig
 from mmllm.model.injection import KEY, after_injection, injected, watch_layers
-from mmllm.model.media import MediaParts, Placed
+from mmllm.model.media import MediaParts
+from mmllm.model.packing import packed_call
+from mmllm.model.places import Placed
 from mmllm.towers import build_tower
 
 MEDIA_KEYS = (
@@ -108,6 +110,7 @@ class MMLLMForConditionalGeneration(MediaParts, PreTrainedModel, GenerationMixin
         audio_tower_tokens: Tensor | None = None,
         audio_tower_mask: Tensor | None = None,
         branch_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
         labels: Tensor | None = None,
         label_weights: Tensor | None = None,
         use_cache: bool | None = None,
@@ -120,6 +123,8 @@ class MMLLMForConditionalGeneration(MediaParts, PreTrainedModel, GenerationMixin
         Args:
             attention_mask: [B, L], or an additive float mask [B, 1, L, K].
             branch_ids: [B, L] of ``mmllm.data.conversations``; makes the mask under which branches share a prefix.
+            document_ids: [1, T], numbers of the documents of a packed row (``mmllm.data.packing``): each is computed as
+                if it stood alone, and ``attention_mask`` is not looked at.
             labels: [B, L], -100 where nothing is asked. Then ``loss`` is the mean over the labelled tokens, made in
                 chunks (``mmllm.blocks.lm_head_loss``), and there are no ``logits``.
             label_weights: [B, L], makes the mean a weighted one.
@@ -140,8 +145,9 @@ class MMLLMForConditionalGeneration(MediaParts, PreTrainedModel, GenerationMixin
                 image_tower_tokens,
                 audio_tower_tokens,
                 audio_tower_mask,
+                document_ids,
             )
-        if branch_ids is not None:
+        if branch_ids is not None and document_ids is None:
             attention_mask = branch_mask(branch_ids, inputs_embeds.dtype)
         run: dict[str, Any] = dict(
             inputs_embeds=inputs_embeds,
@@ -151,9 +157,11 @@ class MMLLMForConditionalGeneration(MediaParts, PreTrainedModel, GenerationMixin
             use_cache=use_cache if labels is None else False,
             **kwargs,
         )
+        if document_ids is not None:
+            run |= packed_call(self.language_model, document_ids, branch_ids, position_ids)
         media = None
         if self.injector is not None:
-            media = run[KEY] = injected(self.injector, placed, inputs_embeds, past_key_values, branch_ids)
+            media = run[KEY] = injected(self.injector, placed, inputs_embeds, past_key_values, branch_ids, document_ids)
         if labels is None:
             out = self.language_model(**run, logits_to_keep=logits_to_keep)
             after_injection(self, media, out)
@@ -168,6 +176,7 @@ class MMLLMForConditionalGeneration(MediaParts, PreTrainedModel, GenerationMixin
             loss = loss + each
         else:
             out = self.language_model(**run, logits_to_keep=1)
+            loss = loss + out.logits.float().sum() * 0
         after_injection(self, media, out)
         loss = loss + self.unused_connectors(image_tower_tokens, pixel_values, audio_tower_tokens, input_features)
         return CausalLMOutputWithPast(loss=loss, hidden_states=out.hidden_states, attentions=out.attentions)

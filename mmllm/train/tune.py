@@ -58,6 +58,8 @@ class TuneConfig(StrictModel):
         dataset: ``starter:full``, ``starter:fast`` or a folder; ``data`` are records files in it.
         branches_per_row: most questions of one picture that share a row; each epoch draws others.
         max_length: longest row in tokens.
+        pack: tokens of a packed row: several conversations share one, each computed as if alone, without padding;
+            ``per_device_train_batch_size`` counts these rows. auto: 2,048 on a GPU, 1,024 on a CPU. None: no packing.
         length_normalization: a token of an answer of n tokens weighs n^-this in the loss; 0: tokens alike, 1: answers.
         dtype: of the LLM; auto takes bfloat16 where this machine is faster with it (measured), else float32.
         injector: layers inside the LLM through which media reach it, neutral at the start: ``{type:
@@ -73,6 +75,7 @@ class TuneConfig(StrictModel):
     data: str | list[str]
     branches_per_row: int | None = Field(default=6, ge=1)
     max_length: int = Field(default=512, ge=16)
+    pack: int | Literal["auto"] | None = None
     length_normalization: float = Field(default=0.0, ge=0, le=1)
     limit: int | None = Field(default=None, ge=1)
     copies: int = Field(default=0, ge=0)
@@ -119,18 +122,18 @@ def train_and_save(stage: str, config: TuneConfig, records: list[dict[str, Any]]
     from transformers import set_seed
     from transformers.utils import logging as hf_logging
 
-    from mmllm.data.chat_batches import ChatBatches
+    from mmllm.data.packing import PackedBatches
     from mmllm.train.chat_media import ChatMedia
     from mmllm.train.launch import is_main, set_threads
     from mmllm.train.trainer import MMTrainer
-    from mmllm.train.tune_model import adapt, make_model, save_final, short_row_attention
+    from mmllm.train.tune_model import adapt, fast_attention, make_batches, make_model, save_final
 
     hf_logging.disable_progress_bar()  # its bars break the plain lines of a log
     set_threads(config.train.threads)
     set_seed(config.train.seed)
     dtype = choose_dtype(config, run)
     model, processor = make_model(config, dtype)
-    short_row_attention(model, config.max_length)
+    fast_attention(model, config)
     if model.takes_text and config.branches_per_row != 1 and any(len(r.get("branches") or []) > 1 for r in records):
         where, do = "branches_per_row", "set branches_per_row: 1"
         raise UserError("a connector that sees the question takes one question a row", where, do)
@@ -138,29 +141,20 @@ def train_and_save(stage: str, config: TuneConfig, records: list[dict[str, Any]]
     if is_main():
         print(f"{len(records):,} conversations; LLM computes in {str(dtype).split('.')[-1]}", flush=True)
     media = ChatMedia(model, processor, records, config)
-    batches = ChatBatches(
-        records,
-        processor,
-        media.inputs,
-        media.audio_tokens,
-        config.train.per_device_train_batch_size,
-        config.train.seed,
-        config.branches_per_row,
-        config.max_length,
-        config.length_normalization,
-    )
+    batches, items = make_batches(config, records, processor, media)
     count = TokenCount()
-    trainer = MMTrainer(
-        model, batches, groups, config.train, run, items=len(records), hooks=[count.hook()], unpack_batch=True
-    )
+    trainer = MMTrainer(model, batches, groups, config.train, run, items=items, hooks=[count.hook()], unpack_batch=True)
     trainer.fit()
     if is_main():
         speed = count.report()
+        if isinstance(batches, PackedBatches):
+            speed["packing_fill"] = round(batches.fill, 4)
+            print(f"packed rows of {batches.row_length:,} tokens were {batches.fill:.1%} full", flush=True)
         with run.final() as final:
             save_final(model, processor, final)
         run.update(**speed)
         print(f"{stage}: model in {run.path / 'final'}", flush=True)
-        if speed:
+        if "tokens" in speed:
             rates = [f"{speed[k]:,.0f}" for k in ("tokens", "tokens_per_second", "tokens_per_cpu_second")]
             print(f"{rates[0]} LLM tokens, {rates[1]} a second, {rates[2]} a CPU-second", flush=True)
 

@@ -12,11 +12,14 @@ from mmllm.align.folder import FILE as ALIGN_FILE
 from mmllm.align.folder import final_align, load_connector
 from mmllm.connectors import build_connector
 from mmllm.contracts import Connector, Tower
+from mmllm.data.chat_batches import ChatBatches
 from mmllm.data.models import resolve_model
+from mmllm.data.packing import PackedBatches
 from mmllm.errors import UserError
 from mmllm.model import MMLLMForConditionalGeneration, MMLLMProcessor, build_model, load_model
 from mmllm.model.fast_lora import fuse_lora
 from mmllm.model.loading import add_injector
+from mmllm.model.packing import allow_packing
 from mmllm.towers import load_tower
 from mmllm.towers.training import merged
 from mmllm.train.params import ParamGroup, set_trainable
@@ -157,13 +160,38 @@ def adapt(model: MMLLMForConditionalGeneration, config: TuneConfig) -> list[Para
 SHORT_ROW = 1024  # tokens
 
 
-def short_row_attention(model: MMLLMForConditionalGeneration, max_length: int) -> None:
-    """On a CPU, short rows train faster with plain attention than with torch's fused one.
+def fast_attention(model: MMLLMForConditionalGeneration, config: TuneConfig) -> None:
+    """Packed rows attend document by document. On a CPU, other short rows train faster with plain attention than with
+    torch's fused one: its backward pays for its blocks (``benchmarks/tune_speed.py``). Nothing of this is saved.
 
-    The fused backward pays for its blocks (``benchmarks/tune_speed.py`` measures it). Nothing of this is saved.
+    Raises:
+        UserError: rows of this LLM can't be packed.
     """
-    if not torch.cuda.is_available() and max_length <= SHORT_ROW:
+    if config.pack is not None:
+        allow_packing(model.language_model)
+    elif not torch.cuda.is_available() and config.max_length <= SHORT_ROW:
         model.language_model.set_attn_implementation("eager")
+
+
+def make_batches(
+    config: TuneConfig, records: list[dict[str, Any]], processor: MMLLMProcessor, media: Any
+) -> tuple[ChatBatches, int]:
+    """The batches of a run, and how many items (conversations, or packed rows) an epoch has.
+
+    Raises:
+        UserError: packed rows that are shorter than the longest conversation may be.
+    """
+    args = (records, processor, media.inputs, media.audio_tokens, config.train.per_device_train_batch_size)
+    options = (config.train.seed, config.branches_per_row, config.max_length, config.length_normalization)
+    if config.pack is None:
+        return ChatBatches(*args, *options), len(records)
+    length = (2048 if torch.cuda.is_available() else 1024) if config.pack == "auto" else config.pack
+    if length < config.max_length:
+        what = f"packed rows of {length} tokens can't hold a conversation of max_length {config.max_length}"
+        raise UserError(what, "pack", "raise pack or lower max_length")
+    batches = PackedBatches(*args, *options, row_length=length)
+    epochs_count = config.train.max_steps is None  # then the whole first epoch is planned now
+    return batches, batches.rows_an_epoch() if epochs_count else len(records)
 
 
 def add_lora(model: MMLLMForConditionalGeneration, config: TuneConfig) -> list[torch.nn.Parameter]:

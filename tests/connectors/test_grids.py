@@ -1,6 +1,7 @@
 """Every connector on many grids and lengths: exact counts, blind to padding, all parameters learn, configs rebuild."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -32,6 +33,9 @@ KINDS = {
     "c_abstractor": {"type": "c_abstractor", "rows": 3, "columns": 2, "hidden_dim": 8, "blocks": 1},
 }
 NEEDS_GRID = {"grid_mlp", "c_abstractor"}
+KEEPS_A_GRID = {
+    "linear", "mlp", "grid_mlp", "avg_pool", "adaptive_pool", "pixel_shuffle", "pixel_shuffle_3", "c_abstractor"
+}  # fmt: skip
 GRIDS = st.tuples(st.integers(1, 3), st.integers(1, 7), st.integers(1, 7))
 MANY = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 
@@ -71,8 +75,11 @@ def test_count_is_exact_on_every_grid(name):
             tokens, mask = connector(on_grid(grid), text_for(name, 2))
         assert tokens.shape == (2, connector.num_tokens(grid), OUT) and mask.dtype == torch.bool and mask.all()
         assert tokens.isfinite().all()
+        out = connector.out_grid(grid)
+        assert (out is not None) == (name in KEEPS_A_GRID) and (out is None or math.prod(out) == tokens.shape[1])
 
     check()
+    assert connector.out_grid(None) is None
 
 
 @pytest.mark.parametrize("name", sorted(set(KINDS) - NEEDS_GRID))

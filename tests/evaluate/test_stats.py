@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from mmllm.evaluate import stats
 from mmllm.evaluate.stats import auc, auc_interval, best_threshold, derangement, mean_interval, ratio_interval
 
 
@@ -80,3 +81,12 @@ def test_threshold_is_the_best_of_all():
     t = best_threshold(margins, labels)
     best = max(((margins > c) == labels).mean() for c in np.r_[-9, np.unique(margins)])
     assert ((margins > t) == labels).mean() == pytest.approx(best)
+
+
+def test_sums_in_portions_are_those_of_all_resamples_at_once(monkeypatch):
+    rng = np.random.default_rng(2)
+    clusters, columns = rng.integers(0, 9, 40), [rng.random(40), np.ones(40)]
+    ids, draws = stats.resampled_weights(clusters, 40, 50, 3)
+    whole = np.stack([draws @ np.bincount(ids, c) for c in columns], 1)
+    monkeypatch.setattr(stats, "PORTION", 60)
+    assert np.allclose(stats.resampled_sums(clusters, columns, 50, 3), whole)

@@ -54,7 +54,7 @@ def test_own_modality_only_adds_to_the_denominator(make_batch):
 
 
 def test_the_whole_contrast_written_out(batch):
-    made = CLSR(PAIR, reconstruct=0)
+    made = CLSR(PAIR, reconstruct=0, centred=False)
     z, f = ([batch.streams[s].embedding for s in PAIR], [batch.streams[s].features.pooled for s in PAIR])
     g = ((f[0] @ f[0].T + f[1] @ f[1].T) / 2).clamp(0, 1)
     tau = 0.07 * (1 + g)
@@ -81,10 +81,16 @@ def test_a_negatives_gradient_is_its_share_over_its_temperature(make_batch, unit
     factor = made.factor(features, same)
     loss = contrast(x, y, scale=1 / 0.07, scale_fn=lambda i, j: factor[i, j]).mean()
     (grad,) = torch.autograd.grad(loss, y)
-    expected = torch.stack(
-        [sum((p[i, j] - float(i == j)) / tau[i, j] * x[i] for i in range(4)) / 4 for j in range(4)]
-    )
+    expected = torch.stack([sum((p[i, j] - float(i == j)) / tau[i, j] * x[i] for i in range(4)) / 4 for j in range(4)])
     torch.testing.assert_close(grad, expected)
+
+
+def test_likeness_is_taken_around_the_mean(unit):
+    features, same = [unit(6, 3) + 20, unit(6, 3, seed=1)], torch.eye(6).bool()
+    same_shifted = CLSR(PAIR).factor([features[0] + 5, features[1] - 2], same)
+    torch.testing.assert_close(CLSR(PAIR).factor(features, same), same_shifted, atol=1e-4, rtol=0)
+    assert CLSR(PAIR, centred=False).factor([features[0]] * 2, same)[0, 1] < 0.51  # as good as equal
+    assert CLSR(PAIR).factor([features[0]] * 2, same).max(1).values.min() == 1
 
 
 def test_items_of_one_label_are_no_negatives_of_their_modality(make_batch, unit):

@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from types import SimpleNamespace
 
-import pytest
 import torch
 import torch.nn.functional as F
 
 from mmllm.align.objectives import InfoNCE
-from mmllm.connectors import build_connector
 from mmllm.contracts import AlignBatch, Features, Stream
-from mmllm.errors import UserError
 from mmllm.methods.tvts_transcript_sorting import TVTS, Sorter, by_item
 from mmllm.report.figures import read_figures
 from tests.align.conftest import settings, world  # noqa: F401
@@ -98,22 +95,6 @@ def test_texts_by_item_keep_their_order():
     texts, there = by_item(stream, 4, 3)
     assert texts[..., 0].tolist() == [[1, 0, 0], [0, 2, 4], [0, 0, 0], [3, 0, 0]]
     assert there.sum(1).tolist() == [1, 3, 0, 1]
-
-
-def test_the_sequence_connector_knows_order_and_lengths():
-    torch.manual_seed(0)
-    made = build_connector({"type": "sequence", "in_dim": 6, "out_dim": 4, "frames": 3, "hidden_dim": 8}).eval()
-    x, mask = random(2, 6, 6), torch.ones(2, 6, dtype=torch.bool)
-    mask[1, 4:] = False
-    tokens, there = made(Features(x, mask, x.mean(1)))
-    assert tokens.shape == (2, 3, 4) and there.tolist() == [[True] * 3, [True, True, False]]
-    swapped = x[:, [2, 3, 0, 1, 4, 5]]
-    turned = made(Features(swapped, mask, x.mean(1)))[0]
-    assert not torch.allclose(turned.mean(1), tokens.mean(1), atol=1e-4)
-    other = torch.where(mask[..., None], x, random(2, 6, 6, seed=3))
-    torch.testing.assert_close(made(Features(other, mask, x.mean(1)))[0], tokens)
-    with pytest.raises(UserError, match="not 3 equal parts"):
-        made(Features(x[:, :5], mask[:, :5], x.mean(1)))
 
 
 def test_the_card_switches_it_on(settings, tmp_path):  # noqa: F811

@@ -142,23 +142,33 @@ def test_training_reaches_every_parameter_and_checkpointing_changes_nothing():
         torch.testing.assert_close(g, grads[1][name], atol=1e-6, rtol=1e-4)
 
 
+def test_without_a_labelled_token_the_loss_is_a_zero_that_reaches_all_that_trains():
+    """With several processes nobody may wait for a gradient that does not come."""
+    model, processor = build(injector=GATED, opened=0.5)
+    batch = prepare(processor, CHATS[3])
+    loss = model(**batch, labels=torch.full_like(batch["input_ids"], -100)).loss
+    loss.backward()
+    assert float(loss.detach()) == 0
+    for part in (model.injector, model.vision_connector, model.audio_connector, model.language_model):
+        assert all(p.grad is not None and not p.grad.any() for p in part.parameters())
+
+
 def test_a_token_sees_the_last_medium_before_it_in_its_own_segment():
     tokens = torch.arange(1.0, 4.0)[:, None, None].expand(3, 2, 4)
     mask = torch.tensor([[1, 1], [1, 0], [1, 1]]).bool()
     placed = Placed(tokens, mask, torch.tensor([0, 0, 1]), torch.tensor([1, 3, 0]))
 
-    def seen(attend="last", segments=None, shared=False):
-        media = media_of_rows([placed], (2, 5), attend, segments, shared)
+    def seen(attend="last", **segments):
+        media = media_of_rows([placed], (2, 5), attend, **segments)
         return [[sorted({int(x) for x in media.tokens[b, media.allowed[b, i], 0]}) for i in range(5)] for b in (0, 1)]
 
     assert seen() == [[[], [1], [1], [2], [2]], [[3]] * 5]
     assert seen("all") == [[[], [1], [1], [1, 2], [1, 2]], [[3]] * 5]
-    segments = torch.tensor([[0, 0, 1, 2, 2], [0, 0, 0, 1, 1]])
-    assert seen(segments=segments) == [[[], [1], [], [2], [2]], [[3], [3], [3], [], []]]
-    assert seen("all", segments, True) == [[[], [1], [1], [1, 2], [1, 2]], [[3]] * 5]
-    media = media_of_rows([placed], (2, 5), "last", None, False)
-    assert media.allowed[0, 4].sum() == 1, "padding of a medium is seen by nobody"
-    assert media_of_rows([], (2, 5), "last", None, False) is None
+    ids = torch.tensor([[0, 0, 1, 2, 2], [0, 0, 0, 1, 1]])
+    assert seen(document_ids=ids) == [[[], [1], [], [2], [2]], [[3], [3], [3], [], []]]
+    assert seen("all", branch_ids=ids) == [[[], [1], [1], [1, 2], [1, 2]], [[3]] * 5]
+    assert media_of_rows([placed], (2, 5), "last").allowed[0, 4].sum() == 1, "nobody sees padding of a medium"
+    assert media_of_rows([], (2, 5), "last") is None
 
 
 # ---- a connector that sees the question ------------------------------------------------------------------------------

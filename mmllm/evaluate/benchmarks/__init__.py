@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 # name -> module of this package.
 OWN = {
-    "pope": "pope", "popev2": "pope", "chair": "chair_coco", "mme": "mme", "mmbench": "mmbench", "seed": "seed",
+    "pope": "pope", "pope_aokvqa": "pope", "pope_gqa": "pope", "popev2": "pope",
+    "chair": "chair_coco", "mme": "mme", "mmbench": "mmbench", "seed": "seed",
     "scienceqa": "scienceqa", "mmvp": "mmvp", "amber": "amber", "hallusion": "hallusion", "textvqa": "textvqa",
     "vqav2": "vqav2", "gqa": "gqa", "refcoco": "refcoco", "refcoco+": "refcoco", "refcocog": "refcoco",
     "flickr30k": "flickr30k", "coco_captions": "coco_captions", "esc50": "esc50", "clotho": "clotho",

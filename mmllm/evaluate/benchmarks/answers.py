@@ -13,8 +13,8 @@ from mmllm.errors import UserError
 
 IDENTITY, ANSWERS = "asked.json", "answers.jsonl"
 EDGE = 2**16  # bytes at each end of a weights file that stand for the whole
-# (task, split, id, control).
-Key = tuple[str, str, str, bool]
+# (task, split, id, control): control is "" for the question itself, "shuffled" or "blind".
+Key = tuple[str, str, str, str]
 
 
 @dataclass
@@ -99,7 +99,7 @@ class AnswerStore:
         for line in data.splitlines(keepends=True):
             try:
                 row = json.loads(line)
-                key = (row["task"], row["split"], row["id"], bool(row["control"]))
+                key = (row["task"], row["split"], row["id"], str(row["control"]))
                 self.held[key] = (Given(row["answer"], row["scores"]), row["asked"])
             except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
                 if good + len(line) < len(data):

@@ -7,6 +7,7 @@ import binascii
 import hashlib
 import math
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ LETTER = "\nAnswer with the option's letter from the given choices directly."
 YES_NO = ["yes", "no"]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SCORED = "scored"
-COCO = ("val2014/", "train2014/", "val2017/")
+COCO = ("val2014/", "train2014/", "val2017/", "train2017/")
 
 
 @dataclass(frozen=True)
@@ -114,14 +115,14 @@ class Benchmark(Task):
             data: folder that holds the benchmark's folder, or that folder.
             style: a name in ``styles``, or ``scored`` where the choices are known.
             seed: for what the benchmark draws.
-            scratch: folder for pictures that the files hold inside them.
+            scratch: folder for pictures that the files hold inside them; default, one for temporary files.
 
         Raises:
             UserError: unknown style.
         """
         self.root = find_root(Path(data), (*self.folders, self.name))
         self.seed, self.lacking = seed, 0
-        self.scratch = Path(scratch) if scratch is not None else self.root
+        self.scratch = Path(scratch) if scratch is not None else Path(tempfile.gettempdir()) / "mmllm"
         self.style_name = style or next(iter(self.styles))
         self.style = self.pick_style(self.style_name)
 
@@ -162,9 +163,9 @@ class Benchmark(Task):
             raise UserError(f"{self.name}: {len(twice)} ids stand there twice, such as {twice[0][1]}", self.root)
         samples = first_clusters(samples, limit)
         missing = [m for m in dict.fromkeys(m for s in samples for m in s.media) if not Path(m).is_file()]
-        if missing and self.may_lack_media:
-            samples = [s for s in samples if set(s.media).isdisjoint(missing)]
-            self.lacking = len(missing)
+        whole = [s for s in samples if set(s.media).isdisjoint(missing)]
+        if missing and self.may_lack_media and whole:
+            samples, self.lacking = whole, len(missing)
         elif missing:
             what = f"{self.name}: {len(missing)} files of its media are not there"
             raise UserError(what, missing[0], f"expected: {self.layout}; get them from {self.source}")
@@ -189,9 +190,11 @@ class Benchmark(Task):
         """Fills ``row.hit``, ``row.weight`` and ``row.counts``; by default right means parsed as the truth."""
         row.hit = float(row.parsed == row.sample.gold)
 
-    def control(self, samples: Sequence[Sample], seed: int) -> list[Sample]:
-        """The same questions about the media of another cluster; samples without media have no control."""
+    def control(self, samples: Sequence[Sample], seed: int, blind: bool = False) -> list[Sample]:
+        """The same questions about another cluster's media, or about none; samples without media have no control."""
         shown = [s for s in samples if s.media]
+        if blind:
+            return [shuffled(s, []) for s in shown]
         media = {s.cluster: s.media for s in shown}
         clusters = list(media)
         other = {c: clusters[j] for c, j in zip(clusters, derangement(len(clusters), seed), strict=True)}

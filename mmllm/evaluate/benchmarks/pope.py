@@ -32,31 +32,29 @@ STYLES = {
 
 @register("benchmark", "pope")
 class Pope(Benchmark):
-    """Every POPE file in the folder is one split (``coco_pope_random`` becomes ``random``, others keep their source).
-
-    The three files of COCO share questions; what is asked about the same picture in the same words is asked once.
-    """
+    """Each of the three files is a split; what they ask about one picture in the same words is asked once."""
 
     name = "pope"
     folders = ("POPE",)
-    layout = "coco_pope_{random,popular,adversarial}.json (there or in coco/) and the pictures of COCO in val2014/"
+    pictures = "coco"
+    layout = "coco_pope_{random,popular,adversarial}.json (there or in a folder below) and COCO's val2014/"
     source = "github.com/AoiDragon/POPE (output/coco) and cocodataset.org (val2014)"
     styles = STYLES
     closed = True
 
     def read(self) -> list[Sample]:
-        files = sorted(p for p in self.root.glob("**/*pope*.json*") if p.is_file() and not p.name.startswith("."))
-        files = [p for p in files if any(k in p.stem for k in KINDS)]
-        if not files:
-            raise self.lacks("coco_pope_random.json")
-        return [self._sample(row, path) for path in files for row in read_json(path)]
+        found = {k: sorted(self.root.glob(f"**/{self.pictures}_pope*{k}.json")) for k in KINDS}
+        if not any(found.values()):
+            raise self.lacks(f"{self.pictures}_pope_random.json")
+        return [self._sample(row, kind, files[0]) for kind, files in found.items() if files
+                for row in read_json(files[0])]  # fmt: skip
 
-    def _sample(self, row: dict[str, Any], path: Path) -> Sample:
+    def _sample(self, row: dict[str, Any], kind: str, path: Path) -> Sample:
         image = str(field(row, "image", path))
-        stem = path.stem.replace("coco_pope_", "").replace("_pope_", "_")
-        media = self.any_of(image, f"val2014/{image}", f"images/{image}", f"coco/val2014/{image}")
+        media = self.any_of(f"val2014/{image}", f"images/{image}", image, f"coco/val2014/{image}",
+                            f"../gqa/images/{image}")  # fmt: skip
         return Sample(str(field(row, "question_id", path)), image, [media], str(field(row, "text", path)).strip(),
-                      str(field(row, "label", path)).strip().lower(), YES_NO, meta={"split": stem})  # fmt: skip
+                      str(field(row, "label", path)).strip().lower(), YES_NO, meta={"split": kind})  # fmt: skip
 
     def aggregate(self, rows: Sequence[Answered]) -> list[Figure]:
         out: list[Figure] = []
@@ -65,27 +63,48 @@ class Pope(Benchmark):
         return out
 
 
+@register("benchmark", "pope_aokvqa")
+class PopeAokvqa(Pope):
+    """POPE on pictures of A-OKVQA, whose contents SEEM found."""
+
+    name = "pope_aokvqa"
+    pictures = "aokvqa"
+    layout = "aokvqa_pope_seem_{random,popular,adversarial}.json and COCO's val2014/"
+    source = "github.com/AoiDragon/POPE (output/seem/aokvqa) and cocodataset.org (val2014)"
+
+
+@register("benchmark", "pope_gqa")
+class PopeGqa(Pope):
+    """POPE on pictures of GQA, whose contents SEEM found."""
+
+    name = "pope_gqa"
+    pictures = "gqa"
+    layout = "gqa_pope_seem_{random,popular,adversarial}.json and GQA's images/ (or gqa/images beside it)"
+    source = "github.com/AoiDragon/POPE (output/seem/gqa) and cs.stanford.edu/people/dorarad/gqa"
+
+
 @register("benchmark", "popev2")
 class PopeV2(Benchmark):
     """Pairs of a picture with an object and the same picture without it; a pair is right when both answers are."""
 
     name = "popev2"
     folders = ("POPEv2",)
-    layout = "test.parquet, or a JSON list of {image_id, image_name, target_object, query, label} and images/"
-    source = "huggingface.co/datasets/Monosail/POPEv2"
+    layout = "annotations.json (there or in dataset/), images/ from images.zip and COCO's train2017/; or test.parquet"
+    source = "github.com/AoiDragon/POPE (POPEv2/dataset), or huggingface.co/datasets/Monosail/POPEv2 (parquet)"
     styles = STYLES
     closed = True
 
     def read(self) -> list[Sample]:
-        path = self.need("test*.parquet", "*.parquet", "*popev2*.json", "*POPEv2*.json", "*.json")
+        path = self.need("annotations.json", "dataset/annotations.json", "test*.parquet", "*.parquet", "*.json")
         return self._parquet(path) if path.suffix == ".parquet" else self._json(path)
 
     def _json(self, path: Path) -> list[Sample]:
         out = []
         for index, row in enumerate(read_json(path)):
-            name = str(field(row, "image_name", path))
+            name = str(field(row, "image_name", path)).lstrip("/")
             picture = str(field(row, "image_id", path))
-            out.append(Sample(str(index), picture, [self.any_of(name, f"images/{name}")],
+            media = self.any_of(name.removeprefix("coco/"), name, f"dataset/{name}", f"images/{name}")
+            out.append(Sample(str(index), picture, [media],
                               str(field(row, "query", path)), str(field(row, "label", path)).strip().lower(), YES_NO,
                               meta={"pair": f"{picture} {field(row, 'target_object', path)}"}))  # fmt: skip
         return out

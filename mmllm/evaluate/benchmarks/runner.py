@@ -53,7 +53,7 @@ def run_benchmarks(
     decode: str = "greedy",
     limit: int | None = None,
     out: str | Path | None = None,
-    shuffled: bool = True,
+    control: str = "shuffled",
     seed: int = 0,
     margins: bool = True,
     control_clusters: int | None = CONTROL_CLUSTERS,
@@ -71,6 +71,8 @@ def run_benchmarks(
         tasks: names of benchmarks.
         style: for all of them; None takes each one's first.
         out: default ``bench/STYLE_DECODE`` in the model's folder.
+        control: ``shuffled`` (the media of another cluster), ``blind`` (none) or ``none``; asked for the first
+            ``control_clusters`` of each split.
         margins: also score the choices of closed questions, for the AUC.
         decoder: anything with the decoder's ``score`` and ``generate``; made from ``model_path`` when absent.
 
@@ -94,23 +96,24 @@ def run_benchmarks(
     identity = {"model": model, "weights": weights_id(model) if model else None, "decode": spec, "seed": seed,
                 "styles": {b.name: b.style_name for b in benchmarks}}  # fmt: skip
     store = AnswerStore(folder, identity)
-    if shuffled:
+    if control != "none":
         for b in benchmarks:
-            asked[b.name] += b.control(first_clusters(asked[b.name], control_clusters), seed)
+            asked[b.name] += b.control(first_clusters(asked[b.name], control_clusters), seed, control == "blind")
     questions = open_questions(benchmarks, asked, store, margins)
     if questions:
         ask(decoder if decoder is not None else load_decoder(model_path), questions, store, spec, seed)
     rows = {b.name: [judged(b, s, store) for s in asked[b.name]] for b in benchmarks}
-    found = {b.name: figures_of(b, rows[b.name]) for b in benchmarks}
+    found = {b.name: figures_of(b, rows[b.name], control) for b in benchmarks}
     write_rows(folder / "predictions.jsonl", rows)
     told = {b.name: about(b, rows[b.name], found[b.name]) for b in benchmarks}
     extra = {k: identity[k] for k in ("model", "weights", "decode")}
-    extra |= {"data": str(data), "limit": limit, "seconds": round(time.monotonic() - start, 1)}
+    extra |= {"data": str(data), "limit": limit, "control": control, "seconds": round(time.monotonic() - start, 1)}
     return write_results(folder / "results.json", found, told, command, seed, extra)
 
 
 def key_of(benchmark: Benchmark, sample: Sample) -> Key:
-    return benchmark.name, split_of(sample), sample.id, sample.control
+    control = ("shuffled" if sample.media else "blind") if sample.control else ""
+    return benchmark.name, split_of(sample), sample.id, control
 
 
 def question_of(benchmark: Benchmark, sample: Sample) -> str:
@@ -188,9 +191,16 @@ def judged(benchmark: Benchmark, sample: Sample, store: AnswerStore) -> Answered
     return row
 
 
-def figures_of(benchmark: Benchmark, rows: Sequence[Answered]) -> list[Figure]:
+def figures_of(benchmark: Benchmark, rows: Sequence[Answered], control: str = "shuffled") -> list[Figure]:
     """All figures of a benchmark; the share of answers that no rule accepted stands among them."""
     figures = benchmark.aggregate(rows)
+    if control == "blind":
+        for f in figures:
+            f.name = f.name.replace("_over_shuffled", "_over_blind")
+            if f.name.endswith("_over_blind"):
+                f.note = "paired difference to the control without media"
+            elif f.control is not None:
+                f.note = "; ".join(filter(None, (f.note, "control: no media")))
     if benchmark.parses:
         figures.append(unparsed_figure(benchmark.name, rows))
     if figures and benchmark.style.note:

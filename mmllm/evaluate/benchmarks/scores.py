@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from mmllm.evaluate.benchmarks.base import Answered, split_of
-from mmllm.evaluate.stats import RESAMPLES, auc_interval, percentile_bounds, resampled_weights
+from mmllm.evaluate.stats import RESAMPLES, auc_interval, percentile_bounds, resampled_sums
 from mmllm.evaluate.tasks import Row, Sample, pooled_figures
 from mmllm.report.figures import Figure
 
@@ -122,17 +122,16 @@ def ratio_sum_interval(
     clusters = [str(c) for part in parts for c in part[2]]
     if not clusters:
         return float("nan"), float("nan"), float("nan")
-    ids, draws = resampled_weights(clusters, len(clusters), RESAMPLES, seed)
-    value, resampled, start = 0.0, np.zeros(len(draws)), 0
-    for numerator, denominator, names, weight in parts:
-        num, den = np.asarray(numerator, float), np.asarray(denominator, float)
-        own = ids[start : start + len(names)]
-        start += len(names)
-        size = draws.shape[1]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            value += weight * float(num.sum() / den.sum()) if den.sum() else float("nan")
-            resampled += weight * (draws @ np.bincount(own, num, size)) / (draws @ np.bincount(own, den, size))
-    low, high = percentile_bounds(resampled)
+    columns, start = np.zeros((2 * len(parts), len(clusters))), 0
+    for i, (numerator, denominator, names, _) in enumerate(parts):
+        own = slice(start, start + len(names))
+        columns[2 * i, own], columns[2 * i + 1, own] = numerator, denominator
+        start = own.stop
+    weights = np.array([part[3] for part in parts])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        whole, sums = columns.sum(1), resampled_sums(clusters, list(columns), RESAMPLES, seed)
+        value = float((weights * whole[::2] / whole[1::2]).sum())
+        low, high = percentile_bounds((sums[:, ::2] / sums[:, 1::2]) @ weights)
     return value, low, high
 
 

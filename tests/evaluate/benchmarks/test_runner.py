@@ -129,18 +129,18 @@ def test_a_stopped_run_goes_on_and_asks_nothing_twice(model, data, tmp_path, mon
 
 def test_questions_that_splits_share_are_asked_once(model, data, tmp_path):
     decoder = Counting(model)
-    run_benchmarks(model, data, ["pope"], out=tmp_path / "out", decoder=decoder, shuffled=False, margins=False)
+    run_benchmarks(model, data, ["pope"], out=tmp_path / "out", decoder=decoder, control="none", margins=False)
     assert len(decoder.asked) == 5  # cat, dog and fox of both files, and one thing of each file alone
     assert len(lines(tmp_path / "out" / "predictions.jsonl")) == 8
     # Margins can be had afterwards, without generating again.
     more = Counting(model)
-    figures = run_benchmarks(model, data, ["pope"], out=tmp_path / "out", decoder=more, shuffled=False)
+    figures = run_benchmarks(model, data, ["pope"], out=tmp_path / "out", decoder=more, control="none")
     assert {kind for kind, _ in more.asked} == {"scored"} and "pope_random_auc" in {f.name for f in figures}
 
 
 def test_scored_style_generates_nothing(model, data, tmp_path):
     decoder = Counting(model)
-    run_benchmarks(model, data, ["pope", "mmbench"], "scored", out=tmp_path / "out", decoder=decoder, shuffled=False)
+    run_benchmarks(model, data, ["pope", "mmbench"], "scored", out=tmp_path / "out", decoder=decoder, control="none")
     rows = lines(tmp_path / "out" / "predictions.jsonl")
     assert {kind for kind, _ in decoder.asked} == {"scored"} and not any(r["unparsed"] for r in rows)
     assert all((r["margin"] > 0) == (r["answer"] == "yes") for r in rows if r["task"] == "pope")
@@ -148,8 +148,8 @@ def test_scored_style_generates_nothing(model, data, tmp_path):
 
 def test_further_tasks_join_the_folder(model, data, tmp_path):
     decoder = Counting(model)
-    first = run_benchmarks(model, data, ["pope"], out=tmp_path / "out", decoder=decoder, shuffled=False)
-    second = run_benchmarks(model, data, ["clotho"], out=tmp_path / "out", decoder=decoder, shuffled=False)
+    first = run_benchmarks(model, data, ["pope"], out=tmp_path / "out", decoder=decoder, control="none")
+    second = run_benchmarks(model, data, ["clotho"], out=tmp_path / "out", decoder=decoder, control="none")
     assert read_figures(tmp_path / "out" / "results.json") == [*first, *second]
     assert {r["task"] for r in lines(tmp_path / "out" / "predictions.jsonl")} == {"pope", "clotho"}
 
@@ -158,7 +158,7 @@ def test_folders_of_another_model_style_or_decoding_are_refused(model, data, tmp
     out, decoder = tmp_path / "out", Counting(model)
 
     def run(path=model, style=None, decode="greedy", seed=0):
-        return run_benchmarks(path, data, ["pope"], style, decode, None, out, False, seed, False, decoder=decoder)
+        return run_benchmarks(path, data, ["pope"], style, decode, None, out, "none", seed, False, decoder=decoder)
 
     run()
     before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
@@ -180,24 +180,36 @@ def test_other_folders_and_other_questions_are_refused(model, data, tmp_path, ma
     make.dump(other / "results.json", {"figures": []})
     with pytest.raises(UserError, match="results of another command; give another --out"):
         run_benchmarks(model, data, ["pope"], out=other, decoder=decoder)
-    run_benchmarks(model, data, ["pope"], out=out, decoder=decoder, shuffled=False, margins=False)
+    run_benchmarks(model, data, ["pope"], out=out, decoder=decoder, control="none", margins=False)
     path = data / "pope" / "coco_pope_random.json"
     path.write_text(path.read_text().replace("a cat", "a lion"))
     with pytest.raises(UserError, match="pope: item 0 was another question before"):
-        run_benchmarks(model, data, ["pope"], out=out, decoder=decoder, shuffled=False, margins=False)
+        run_benchmarks(model, data, ["pope"], out=out, decoder=decoder, control="none", margins=False)
 
 
 def test_limit_takes_pictures_of_every_split(model, data, tmp_path):
     run_benchmarks(model, data, ["pope"], out=tmp_path / "out", decoder=Counting(model), limit=1, margins=False)
     real = [r for r in lines(tmp_path / "out" / "predictions.jsonl") if not r["control"]]
-    assert [(r["split"], r["id"]) for r in real] == [(s, i) for s in ("popular", "random") for i in "01"]
+    assert [(r["split"], r["id"]) for r in real] == [(s, i) for s in ("random", "popular") for i in "01"]
+
+
+def test_the_blind_control_shows_nothing(model, data, tmp_path):
+    out, decoder = tmp_path / "out", Counting(model)
+    run_benchmarks(model, data, ["pope"], out=out, decoder=decoder, margins=False)
+    figures = run_benchmarks(model, data, ["pope"], out=out, decoder=decoder, control="blind", margins=False)
+    blind = {f.name: f for f in figures}
+    assert len(decoder.asked) == 5 + 5 + 5  # the questions themselves are not asked again
+    assert "control: no media" in blind["pope_random_accuracy"].note and "pope_random_accuracy_over_blind" in blind
+    rows = [r for r in lines(out / "predictions.jsonl") if r["control"]]
+    assert rows and all(r["media"] == [] for r in rows)
+    assert json.loads((out / "results.json").read_text())["control"] == "blind"
 
 
 def test_compare_reads_the_predictions_and_tells_styles_apart(model, data, tmp_path):
     from mmllm.evaluate.compare import compare_runs
 
     for style in ("official", "lmms"):
-        run_benchmarks(model, data, ["pope"], style, out=tmp_path / style, decoder=Counting(model), shuffled=False)
+        run_benchmarks(model, data, ["pope"], style, out=tmp_path / style, decoder=Counting(model), control="none")
     found = compare_runs(tmp_path / "official", tmp_path / "lmms")
     names = {f"pope_{s}_{m}" for s in ("random", "popular") for m in ("accuracy", "auc")}
     assert {c.name for c in found.lines} == names
@@ -210,10 +222,11 @@ def test_compare_reads_the_predictions_and_tells_styles_apart(model, data, tmp_p
         (["--tasks", "popp"], "did you mean 'pope'"),
         (["--tasks", "mme,caption"], "mme is a benchmark and caption is not"),
         (["--tasks", "pope"], "nothing to measure"),
-        (["--tasks", "caption", "--style", "lmms", "--model", "x"], "styles are for benchmarks"),
+        (["--tasks", "caption", "--style", "lmms", "--model", "x"], "--style: this is for benchmarks"),
         (["--tasks", "pope", "--style", "offical", "--model", "x"], "unknown style of pope 'offical'; did you mean"),
         (["--tasks", "mme", "--model", "x"], "mme: no existence/questions_answers_YN"),
-        (["--tasks", "pope", "--align", "x"], "not an align run"),
+        (["--tasks", "pope", "--align", "x"], "pope asks questions, and an align run answers none"),
+        (["--tasks", "pope", "--align", "x", "--model", "x"], "a model and an align run at once"),
     ],
 )
 def test_user_errors_of_the_command(data, args, message):

@@ -1,5 +1,6 @@
 """POPE, POPEv2 and MME from files: prompts and figures of canned answers, counted by hand."""
 
+import numpy as np
 import pytest
 
 from mmllm.errors import UserError
@@ -58,6 +59,32 @@ def test_pope_unparsed_answers_and_the_two_recalls(pope, make):
     assert lmms["pope_random_accuracy"].value == strict["pope_random_accuracy"].value == 0.75
 
 
+def counted_as_lmms_does(pairs):
+    """Accuracy, precision, recall and F1 as lmms-eval counts them: over (said, true), said lower-cased and stripped."""
+    pairs = [(said.lower().strip(), true) for said, true in pairs]
+    hits = sum(said == true for said, true in pairs)
+    true_positives, false_positives = pairs.count(("yes", "yes")), pairs.count(("yes", "no"))
+    false_negatives = pairs.count(("no", "yes"))
+    precision = true_positives / max(true_positives + false_positives, 1)
+    recall = true_positives / max(true_positives + false_negatives, 1)
+    f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0
+    return hits / len(pairs), precision, recall, f1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_pope_equals_lmms_eval_on_the_same_answers(tmp_path, make, seed):
+    rng = np.random.default_rng(seed)
+    rows = [{"question_id": i, "image": "0.png", "text": f"Is there a {i}?", "label": str(rng.choice(["yes", "no"]))}
+            for i in range(40)]  # fmt: skip
+    make.dump_lines(tmp_path / "coco_pope_random.json", rows)
+    make.draw(tmp_path / "0.png")
+    said = {str(i): str(rng.choice(["yes", "Yes ", "no", "NO", "No.", "yes, it is", "maybe", ""])) for i in range(40)}
+    got = make.canned("pope", tmp_path, lambda s: said[s.id], "lmms")[0]
+    expected = counted_as_lmms_does([(said[str(r["question_id"])], r["label"]) for r in rows])
+    names = ("accuracy", "precision", "recall", "f1")
+    assert tuple(got[f"pope_random_{n}"].value for n in names) == pytest.approx(expected)
+
+
 def test_pope_auc_ignores_a_leaning(pope, make):
     def scores(s):
         return [-5.0, -1.0] if s.gold == "no" else [-3.0, -1.0]
@@ -96,11 +123,11 @@ def test_popev2_pairs(tmp_path, make):
     rows = []
     for i in range(4):
         for label, side in (("yes", "original"), ("no", "removed")):
-            name = f"{i}_{side}.png"
-            make.draw(tmp_path / "POPEv2/images" / name)
+            name = f"/coco/train2017/{i}.png" if side == "original" else f"/images/{i}.png"
+            make.draw(tmp_path / (name[1:] if side == "original" else f"POPEv2{name}"))
             asked = {"target_object": "cat", "query": "Is there a cat in the image?"}
-            rows.append({"image_id": i, "image_name": name, "label": label, **asked})
-    make.dump(tmp_path / "POPEv2/popev2.json", rows)
+            rows.append({"image_id": i, "image_name": name, "label": label.capitalize(), **asked})
+    make.dump(tmp_path / "POPEv2/dataset/annotations.json", rows)
     got = make.canned("popev2", tmp_path, lambda s: "yes" if s.cluster != "0" else s.gold, "lmms")[0]
     assert got["popev2_pair_accuracy"].value == 0.25 and got["popev2_pair_accuracy"].chance == 0.25
     assert got["popev2_accuracy"].value == 5 / 8

@@ -1,0 +1,177 @@
+"""Which conversations share a packed row: longest first, each into the fullest row that still takes it."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmllm.data.chat_batches import ChatBatches
+from mmllm.data.conversations import IGNORE, Conversation, Encoded, assemble
+
+POOL = 2048  # records that are planned together
+FULL = 0.98  # rows emptier than this wait for the next pool, up to WAIT of them
+WAIT = 8
+
+
+def plan_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
+    """Items to rows of at most ``row_length`` (best fit, decreasing); an item longer than that has a row of its own.
+
+    Returns:
+        Numbers of the items of each row; every item is in one.
+    """
+    rows: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (room left, row), sorted
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        at = bisect_left(free, (lengths[item], -1))
+        if at == len(free):
+            rows.append([item])
+            room, row = row_length - lengths[item], len(rows) - 1
+        else:
+            room, row = free.pop(at)
+            rows[row].append(item)
+            room -= lengths[item]
+        if room > 0:
+            insort(free, (room, row))
+    return rows
+
+
+def fill_rate(rows: Sequence[Sequence[int]], lengths: Sequence[int], row_length: int) -> float:
+    """The share of all rows' places that hold a token."""
+    return sum(lengths[i] for row in rows for i in row) / (len(rows) * row_length)
+
+
+def collate_packed(rows: Sequence[Encoded]) -> dict[str, Tensor]:
+    """Encoded conversations one after the other in one row: all tensors are [1, T], without any padding.
+
+    ``document_ids`` numbers the conversations, ``position_ids`` start anew in each; ``branch_ids`` only where one has
+    branches. The first token of a document is nothing to predict: what stands before it is another one.
+    """
+
+    def joined(name: str) -> Tensor:
+        return torch.tensor([x for row in rows for x in getattr(row, name)], dtype=torch.long)[None]
+
+    counts = torch.tensor([len(row.input_ids) for row in rows])
+    labels = joined("labels")
+    labels[0, counts.cumsum(0) - counts] = IGNORE
+    batch = {
+        "input_ids": joined("input_ids"),
+        "labels": labels,
+        "position_ids": joined("position_ids"),
+        "document_ids": torch.arange(len(rows)).repeat_interleave(counts)[None],
+    }
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    branch_ids = joined("branch_ids")
+    if int(branch_ids.max()) > 1:
+        batch["branch_ids"] = branch_ids
+    return batch
+
+
+class PackedBatches(ChatBatches):
+    """Batches by number, of packed rows; every record comes once an epoch, and none waits for the next.
+
+    Rows are planned pool by pool in the order of the epochs, so batch n is the same whoever asks for it, when, and in
+    which order; a record is tokenised when its pool is planned.
+
+    Args:
+        batch_size: rows in a batch; they are laid out as one row of documents.
+        row_length: most tokens of a row; others as in ChatBatches, ``max_length`` must not be larger.
+    """
+
+    def __init__(self, records: Sequence[dict[str, Any]], *args: Any, row_length: int, **kwargs: Any):
+        super().__init__(records, *args, **kwargs)
+        self.rows_a_batch: int = kwargs.get("batch_size") or args[3]
+        self.row_length = row_length
+        self._rows: list[list[tuple[int, int]]] = []  # (epoch, record) of each document
+        self._ends: list[int] = []  # rows planned at the end of each epoch
+        self._waiting: list[tuple[int, int]] = []
+        self._next = (0, 0)  # epoch, first record of its order that is not planned
+        self._tokens = 0
+        self._sizes: dict[int, tuple[int, list[int]]] = {}
+
+    # ---- what a document is ----
+
+    def choose(self, epoch: int, index: int) -> list[int]:
+        """The branches that a record shows in an epoch."""
+        n = len(self.conversation(index).branches)
+        take = n if self.branches_per_row is None else min(n, self.branches_per_row)
+        return np.random.default_rng((self.seed, 3, epoch, index)).permutation(n)[:take].tolist()
+
+    def length(self, epoch: int, index: int) -> int:
+        """Tokens of a record's document in an epoch, counted without making it."""
+        if index not in self._sizes:
+            c = self.conversation(index)
+            branches = [self._tokens_of(c, c.branches[k].ids, c.branch_media[k]) for k in range(len(c.branches))]
+            self._sizes[index] = self._tokens_of(c, c.prefix.ids, c.prefix_media), branches
+        total, branches = self._sizes[index]
+        most = math.inf if self.max_length is None else self.max_length
+        for k in self.choose(epoch, index):
+            if total + branches[k] <= most:
+                total += branches[k]
+            elif total == self._sizes[index][0]:  # the only branch: cut, see ``assemble``
+                total = int(most)
+        return total
+
+    def _tokens_of(self, _: Conversation, ids: Sequence[int], media: Sequence[tuple[str, Any]]) -> int:
+        total = len(ids)
+        for kind, source in media:
+            total += (self.processor.image_seq_length if kind == "image" else self.audio_tokens(source)) - 1
+        return total
+
+    # ---- the plan ----
+
+    def _plan_pool(self) -> None:
+        epoch, at = self._next
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.records))
+        last = at + POOL >= len(order)
+        documents = [*self._waiting, *((epoch, int(i)) for i in order[at : at + POOL])]
+        lengths = [self.length(e, i) for e, i in documents]
+        rows = plan_rows(lengths, self.row_length)
+        used = [sum(lengths[i] for i in row) for row in rows]
+        wait: set[int] = set()
+        if not last:
+            emptiest = sorted(range(len(rows)), key=lambda r: used[r])[:WAIT]
+            wait = {r for r in emptiest if used[r] < FULL * self.row_length}
+        self._waiting = [documents[i] for r in sorted(wait) for i in rows[r]]
+        kept = [r for r in range(len(rows)) if r not in wait]
+        for n in np.random.default_rng((self.seed, 4, epoch, at)).permutation(len(kept)):
+            self._rows.append([documents[i] for i in rows[kept[n]]])
+            self._tokens += used[kept[n]]
+        self._next = (epoch + 1, 0) if last else (epoch, at + POOL)
+        if last:
+            self._ends.append(len(self._rows))
+
+    def packed_rows(self, number: int) -> list[list[tuple[int, int]]]:
+        """The rows of batch ``number``: (epoch, record) of each document."""
+        end = (number + 1) * self.rows_a_batch
+        with self._lock:
+            while len(self._rows) < end:
+                self._plan_pool()
+            return self._rows[end - self.rows_a_batch : end]
+
+    def rows_an_epoch(self) -> int:
+        """Rows of the first epoch; plans all of it."""
+        with self._lock:
+            while not self._ends:
+                self._plan_pool()
+            return self._ends[0]
+
+    @property
+    def fill(self) -> float:
+        """The share of the planned rows' places that hold a token."""
+        return self._tokens / max(len(self._rows) * self.row_length, 1)
+
+    def __call__(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Any]:
+        """The batch of one process: token tensors [1, T], media inputs and ``num_items``."""
+        encoded = [
+            assemble(self.conversation(i), self.processor, self.audio_tokens, self.choose(e, i), self.max_length)
+            for row in self.packed_rows(step * world + rank)
+            for e, i in row
+        ]
+        batch: dict[str, Any] = dict(collate_packed(encoded))
+        return self.finished(batch, encoded)
