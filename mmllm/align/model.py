@@ -151,9 +151,10 @@ class AlignModel(nn.Module):
         if "embedding" in want:
             out.embedding = F.normalize(modules["head"](features.pooled).float(), dim=-1)
         if "token_embedding" in want:
-            tokens, out.token_mask = modules["connector"](features)
+            connector: Any = modules["connector"]
+            tokens, out.token_mask = connector(features)
             out.token_embedding = tokens.float()
-            out.grid = modules["connector"].out_grid(features.grid)
+            out.grid = connector.out_grid(features.grid)
         return out
 
     def features(
