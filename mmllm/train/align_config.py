@@ -59,7 +59,12 @@ class AlignConfig(StrictModel):
     def _names_fit(self) -> AlignConfig:
         for name, stream in self.streams.items():
             if stream.tower_of is not None:
-                check_streams(self.streams, [stream.tower_of], f"streams.{name}.tower_of")
+                where = f"streams.{name}.tower_of"
+                check_streams(self.streams, [stream.tower_of], where)
+                theirs = self.streams[stream.tower_of].modality
+                if stream.modality != theirs:
+                    what = f"'{name}' is {stream.modality}, and the tower of '{stream.tower_of}' reads {theirs}"
+                    raise UserError(what, where, "give the stream a tower of its own")
             if stream.of is not None:
                 check_streams(self.streams, [stream.of], f"streams.{name}.of")
                 check_derived(name, stream, self.streams[stream.of])

@@ -73,7 +73,8 @@ def make_objectives(config: AlignConfig, phase: PhaseConfig, model: AlignModel) 
     for spec in phase.objectives:
         cls = get("objective", spec.type, f"phase '{phase.name}'")
         options = dict(spec.options)
-        if "dim" in inspect.signature(cls).parameters and "dim" not in options:
+        dim = inspect.signature(cls).parameters.get("dim")
+        if dim is not None and dim.default is inspect.Parameter.empty and "dim" not in options:
             if config.words is None:
                 do = "name the stream of the LLM's word embeddings"
                 raise UserError(f"objective '{spec.type}' needs 'words'", f"phase '{phase.name}'", do)

@@ -47,6 +47,12 @@ def test_a_stream_without_a_tower_is_named(settings, tmp_path):
         AlignStage(parse_config(settings | {"init": str(tmp_path / "clap")}, AlignConfig))
 
 
+def test_a_tower_of_another_modality_is_no_streams_tower(settings):
+    settings["streams"]["film"] = {"modality": "video", "tower_of": "image", "head": {}}
+    with pytest.raises(UserError, match="'film' is video, and the tower of 'image' reads vision"):
+        parse_config(settings, AlignConfig)
+
+
 def test_the_sigmoid_loss_has_its_own_start_after_the_softmax_loss(settings, tmp_path):
     both = settings["phases"]["both"]
     both["train"]["max_steps"] = 2
