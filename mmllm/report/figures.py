@@ -27,6 +27,7 @@ class Figure:
         unit: such as "fraction", "s", "GB".
         control: the same figure with the media shuffled among the items.
         control_low, control_high: interval of the control.
+        controls: all controls by name (shuffled, blind, always_yes), each with value, low, high, n.
         chance: what guessing gives.
         target: what the project wants to reach; verdict: "met", "missed" or a word of the command's own.
         arms: values of compared arms; seeds: the seeds that went in.
@@ -43,6 +44,7 @@ class Figure:
     control: float | None = None
     control_low: float | None = None
     control_high: float | None = None
+    controls: dict[str, dict[str, Any]] | None = None
     chance: float | None = None
     target: float | None = None
     verdict: str | None = None
