@@ -27,11 +27,11 @@ class Figure:
         unit: such as "fraction", "s", "GB".
         control: the same figure with the media shuffled among the items.
         control_low, control_high: interval of the control.
-        controls: all controls by name (shuffled, blind, always_yes), each with value, low, high, n.
         chance: what guessing gives.
         target: what the project wants to reach; verdict: "met", "missed" or a word of the command's own.
         arms: values of compared arms; seeds: the seeds that went in.
         note: one line a reader needs, such as the subset that a control was measured on.
+        controls: all controls by name (shuffled, blind, always_yes), each with value, low, high, n.
     """
 
     name: str
@@ -44,13 +44,13 @@ class Figure:
     control: float | None = None
     control_low: float | None = None
     control_high: float | None = None
-    controls: dict[str, dict[str, Any]] | None = None
     chance: float | None = None
     target: float | None = None
     verdict: str | None = None
     arms: dict[str, Any] | None = None
     seeds: list[int] | None = None
     note: str | None = None
+    controls: dict[str, dict[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         if self.better not in ("higher", "lower"):
