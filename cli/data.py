@@ -89,6 +89,26 @@ def preview(file: Path, out: Path, number: int, seed: int) -> None:
     click.echo(write_preview(file, out, number, seed))
 
 
+@command.command("bench")
+@click.option("--dataset", default="starter:fast", show_default=True, help="Dataset folder, or starter:full.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the benchmarks.")
+@click.option("--tasks", help="Comma-separated: pope, chair, mme, ...; default, all that the dataset allows.")
+@click.option("--split", default="seen", show_default=True, help="seen, or new_vendor: art that training never saw.")
+@click.option("--limit", type=click.IntRange(1), help="Most scenes, sounds and pairs.")
+@click.option("--seed", type=int, default=0, show_default=True, help="For all that is drawn.")
+@click.option("--force", is_flag=True, help="Write again even if nothing changed.")
+def bench(
+    dataset: str, out: Path, tasks: str | None, split: str, limit: int | None, seed: int, force: bool
+) -> None:  # fmt: skip
+    """Write benchmarks with exact truth, in the official layouts, from a dataset's held-out scenes and sounds."""
+    from mmllm.evaluate.made.make import items_of, make_benchmarks
+
+    wanted = [t.strip() for t in (tasks or "").split(",") if t.strip()]
+    folder = make_benchmarks(dataset, out, wanted, split, limit, seed, force)
+    click.echo(", ".join(f"{name} {count}" for name, count in items_of(folder).items()))
+    click.echo(f"mmllm eval --model RUN --data {folder} --tasks {','.join(items_of(folder))}")
+
+
 @command.command("licences")
 @click.argument("recipe", default="starter.yaml")
 def licences(recipe: str) -> None:

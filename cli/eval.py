@@ -15,9 +15,7 @@ ALL = "pope,caption,side,box,interleaved,hear,retrieval"
 @click.option("--align", type=click.Path(path_type=Path), help="Align run, for retrieval, caption benchmarks, ESC-50.")
 @click.option(
     "--data",
-    default="starter:full",
-    show_default=True,
-    help="Dataset folder, starter:full, starter:fast, or a folder with the files of benchmarks.",
+    help="Default starter:full. Dataset folder, starter:full, starter:fast, or a folder with the files of benchmarks.",
 )
 @click.option(
     "--tasks",
@@ -33,26 +31,30 @@ ALL = "pope,caption,side,box,interleaved,hear,retrieval"
 )
 @click.option("--limit", type=click.IntRange(1), help="Most scenes, sounds or pictures per task and split.")
 @click.option(
-    "--shuffled/--no-shuffled", default=True, show_default=True, help="Ask also about shuffled media (control)."
+    "--shuffled/--no-shuffled", default=None, help="Control: the same questions about other media; on unless --blind."
 )
 @click.option(
     "--margins/--no-margins", default=True, show_default=True, help="Benchmarks: also score the choices, for the AUC."
 )
-@click.option("--blind", is_flag=True, help="Benchmarks: the control shows no media instead of shuffled ones.")
+@click.option("--blind", is_flag=True, help="Benchmarks: a control without media.")
+@click.option("--always-yes", is_flag=True, help="Benchmarks: a control that answers every yes/no question with yes.")
+@click.option("--suite", type=click.Choice(["starter"]), help="Six benchmarks made here, in one go; needs --model.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for results.json and predictions.jsonl.")
 def command(
     model: Path | None,
     align: Path | None,
-    data: str,
+    data: str | None,
     tasks: str | None,
     style: str | None,
     listing: bool,
     decode: str,
     limit: int | None,
-    shuffled: bool,
+    shuffled: bool | None,
     margins: bool,
     blind: bool,
+    always_yes: bool,
+    suite: str | None,
     seed: int,
     out: Path | None,
 ) -> None:
@@ -67,6 +69,20 @@ def command(
         return
     from mmllm.evaluate.benchmarks.select import are_benchmarks
 
+    asked = {"shuffled": not blind if shuffled is None else shuffled, "blind": blind, "always_yes": always_yes}
+    control = [name for name, on in asked.items() if on]
+    if suite is not None:
+        from mmllm.evaluate.suite import run_suite
+
+        given = {"--align": align, "--tasks": tasks, "--style": style}
+        if model is None or any(x is not None for x in given.values()):
+            what = next((name for name, x in given.items() if x is not None), "--model")
+            raise UserError("a suite names its own tasks and styles" if model else "a suite needs a model", what)
+        line = " ".join(["mmllm", *sys.argv[1:]])
+        figures = run_suite(model, data, decode, limit, out, control, seed, margins, command=line)
+        print_figures(figures, f"{model} on the suite {suite}, decoded {decode}")
+        return
+    data = data or "starter:full"
     wanted = [t.strip() for t in (ALL if tasks is None else tasks).split(",") if t.strip()]
     line = " ".join(["mmllm", *sys.argv[1:]])
     if tasks is not None and are_benchmarks(wanted, data, style):
@@ -80,7 +96,6 @@ def command(
 
             print_figures(run_aligned(align, data, wanted, limit, out, seed, line), f"{align} on {data}")
             return
-        control = "blind" if blind else "shuffled" if shuffled else "none"
         figures = run_benchmarks(model, data, wanted, style, decode, limit, out, control, seed, margins, command=line)
         print_figures(figures, f"{model} on {data} in style {style or 'default'}, decoded {decode}")
         return
@@ -88,10 +103,10 @@ def command(
 
     if model is None and align is None:
         raise UserError("nothing to measure", do="give --model RUN, --align RUN or both")
-    if style is not None or blind:
-        option = "--blind" if style is None else "--style"
+    if style is not None or blind or always_yes:
+        option = "--style" if style is not None else "--blind" if blind else "--always-yes"
         raise UserError("this is for benchmarks", option, "leave it out, or name benchmarks: mmllm eval --list")
     if tasks is None:
         wanted = [t for t in wanted if (align if t == "retrieval" else model) is not None]
-    figures = run_eval(model, data, wanted, decode, limit, out, shuffled, align, seed, command=line)
+    figures = run_eval(model, data, wanted, decode, limit, out, shuffled is not False, align, seed, command=line)
     print_figures(figures, f"{model or align} on {data}, decoded {decode}")

@@ -31,6 +31,7 @@ class Figure:
         target: what the project wants to reach; verdict: "met", "missed" or a word of the command's own.
         arms: values of compared arms; seeds: the seeds that went in.
         note: one line a reader needs, such as the subset that a control was measured on.
+        controls: all controls by name (shuffled, blind, always_yes), each with value, low, high, n.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Figure:
     arms: dict[str, Any] | None = None
     seeds: list[int] | None = None
     note: str | None = None
+    controls: dict[str, dict[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         if self.better not in ("higher", "lower"):

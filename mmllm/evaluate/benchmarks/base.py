@@ -82,6 +82,7 @@ class Answered(Row):
             "prompt": self.prompt,
             "parsed": self.parsed,
             "unparsed": self.parsed is None,
+            "control_kind": ("shuffled" if self.sample.media else "blind") if self.sample.control else None,
             "margin": None if margin is None or not math.isfinite(margin) else round(margin, 5),
         }
 

@@ -19,6 +19,11 @@ from mmllm.report.figures import Figure
 MENDED = {"99": "B", "100": "A", "279": "B", "280": "A"}
 
 
+def by_marks(text: str, sample: Sample) -> str | None:
+    """The options stand under (a) and (b), so that is how they may be named."""
+    return by_options(re.sub(r"\([a-z]\)", lambda m: m[0].upper(), text), sample)
+
+
 @register("benchmark", "mmvp")
 class Mmvp(Benchmark):
     """Neighbouring rows are a pair. The authors let GPT-4 read the answers; here rules do."""
@@ -28,7 +33,7 @@ class Mmvp(Benchmark):
     layout = "Questions.csv {Index,Question,Options,Correct Answer} and the pictures INDEX.jpg in 'MMVP Images'/"
     source = "huggingface.co/datasets/MMVP/MMVP"
     styles = {
-        "official": Style(lambda s: f"{s.question} {s.meta['given']}", by_options, 32,
+        "official": Style(lambda s: f"{s.question} {s.meta['given']}", by_marks, 32,
                           note="answers as published, two pairs of them swapped; read by rules instead of GPT-4"),
         "llava": Style(lambda s: f"{s.question} {s.meta['given']}{LETTER}", by_letters(parsers.letter_pattern),
                        note="answers as published, two pairs of them swapped"),

@@ -8,7 +8,7 @@ import os
 import re
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from typing import Any
 from mmllm.errors import UserError
 from mmllm.evaluate.benchmarks import get_benchmark
 from mmllm.evaluate.benchmarks.answers import AnswerStore, Given, Key, question_id, weights_id
-from mmllm.evaluate.benchmarks.base import YES_NO, Answered, Benchmark, first_clusters, split_of
+from mmllm.evaluate.benchmarks.base import YES_NO, Answered, Benchmark, split_of
+from mmllm.evaluate.benchmarks.controls import ALWAYS_YES, BLIND, add_controls, asked_controls, control_kinds, kind_of
 from mmllm.evaluate.benchmarks.scores import unparsed_figure
 from mmllm.evaluate.run import GENERATE_PORTION, SCORE_PORTION, Progress, load_decoder, media_portions
 from mmllm.evaluate.tasks import Sample
@@ -49,11 +50,11 @@ def run_benchmarks(
     model_path: str | Path | None,
     data: str | Path,
     tasks: Sequence[str],
-    style: str | None = None,
+    style: str | Mapping[str, str | None] | None = None,
     decode: str = "greedy",
     limit: int | None = None,
     out: str | Path | None = None,
-    control: str = "shuffled",
+    control: str | Sequence[str] = "shuffled",
     seed: int = 0,
     margins: bool = True,
     control_clusters: int | None = CONTROL_CLUSTERS,
@@ -69,10 +70,11 @@ def run_benchmarks(
     Args:
         data: folder with one folder per benchmark, or the folder of the one benchmark.
         tasks: names of benchmarks.
-        style: for all of them; None takes each one's first.
+        style: for all of them, or by name; None takes each one's first.
         out: default ``bench/STYLE_DECODE`` in the model's folder.
-        control: ``shuffled`` (the media of another cluster), ``blind`` (none) or ``none``; asked for the first
-            ``control_clusters`` of each split.
+        control: ``shuffled`` (the media of another cluster), ``blind`` (no media), both asked for the first
+            ``control_clusters`` of each split, ``always_yes`` (a fixed answer to every yes/no question); several as a
+            list or ``shuffled+blind``; or ``none``. The first of them but always_yes is the figures' ``control``.
         margins: also score the choices of closed questions, for the AUC.
         decoder: anything with the decoder's ``score`` and ``generate``; made from ``model_path`` when absent.
 
@@ -88,32 +90,33 @@ def run_benchmarks(
         raise UserError("no task given", "--tasks", "name at least one benchmark")
     if out is None and model_path is None:
         raise UserError("nowhere to write to", "--out", "give a folder")
-    slug = re.sub(r"\W+", "_", f"{style or 'default'}_{spec}").strip("_")
+    kinds = control_kinds(control)
+    slug = re.sub(r"\W+", "_", f"{style if isinstance(style, str) else 'default'}_{spec}").strip("_")
     folder = Path(out) if out is not None else Path(str(model_path)) / "bench" / slug
-    benchmarks = [cls(data, style, seed, folder) for cls in classes.values()]
+    styles = style if isinstance(style, Mapping) else dict.fromkeys(classes, style)
+    benchmarks = [cls(data, styles.get(name), seed, folder) for name, cls in classes.items()]
     asked = {b.name: b.samples(limit) for b in benchmarks}
     model = None if model_path is None else str(model_path)
     identity = {"model": model, "weights": weights_id(model) if model else None, "decode": spec, "seed": seed,
                 "styles": {b.name: b.style_name for b in benchmarks}}  # fmt: skip
     store = AnswerStore(folder, identity)
-    if control != "none":
-        for b in benchmarks:
-            asked[b.name] += b.control(first_clusters(asked[b.name], control_clusters), seed, control == "blind")
+    for b in benchmarks:
+        asked[b.name] += asked_controls(b, asked[b.name], kinds, control_clusters, seed)
     questions = open_questions(benchmarks, asked, store, margins)
     if questions:
         ask(decoder if decoder is not None else load_decoder(model_path), questions, store, spec, seed)
     rows = {b.name: [judged(b, s, store) for s in asked[b.name]] for b in benchmarks}
-    found = {b.name: figures_of(b, rows[b.name], control) for b in benchmarks}
+    found = {b.name: figures_of(b, rows[b.name], kinds) for b in benchmarks}
     write_rows(folder / "predictions.jsonl", rows)
     told = {b.name: about(b, rows[b.name], found[b.name]) for b in benchmarks}
     extra = {k: identity[k] for k in ("model", "weights", "decode")}
-    extra |= {"data": str(data), "limit": limit, "control": control, "seconds": round(time.monotonic() - start, 1)}
+    extra |= {"data": str(data), "limit": limit, "control": "+".join(kinds) or "none"}
+    extra |= {"seconds": round(time.monotonic() - start, 1)}
     return write_results(folder / "results.json", found, told, command, seed, extra)
 
 
 def key_of(benchmark: Benchmark, sample: Sample) -> Key:
-    control = ("shuffled" if sample.media else "blind") if sample.control else ""
-    return benchmark.name, split_of(sample), sample.id, control
+    return benchmark.name, split_of(sample), sample.id, kind_of(sample)
 
 
 def question_of(benchmark: Benchmark, sample: Sample) -> str:
@@ -191,10 +194,11 @@ def judged(benchmark: Benchmark, sample: Sample, store: AnswerStore) -> Answered
     return row
 
 
-def figures_of(benchmark: Benchmark, rows: Sequence[Answered], control: str = "shuffled") -> list[Figure]:
-    """All figures of a benchmark; the share of answers that no rule accepted stands among them."""
-    figures = benchmark.aggregate(rows)
-    if control == "blind":
+def figures_of(benchmark: Benchmark, rows: Sequence[Answered], kinds: Sequence[str] = ()) -> list[Figure]:
+    """All figures of a benchmark with their controls; the share of answers that no rule accepted stands among them."""
+    main = next((k for k in kinds if k != ALWAYS_YES), None)
+    figures = benchmark.aggregate([r for r in rows if kind_of(r.sample) in ("", main)])
+    if main == BLIND:
         for f in figures:
             f.name = f.name.replace("_over_shuffled", "_over_blind")
             if f.name.endswith("_over_blind"):
@@ -203,6 +207,7 @@ def figures_of(benchmark: Benchmark, rows: Sequence[Answered], control: str = "s
                 f.note = "; ".join(filter(None, (f.note, "control: no media")))
     if benchmark.parses:
         figures.append(unparsed_figure(benchmark.name, rows))
+    add_controls(benchmark, figures, rows, kinds, main)
     if figures and benchmark.style.note:
         figures[0].note = "; ".join(filter(None, (figures[0].note, benchmark.style.note)))
     return figures
