@@ -53,7 +53,7 @@ class TuneConfig(StrictModel):
 
     Attributes:
         init: run that this one starts from: of align (gives towers and connectors), pretrain or tune (the model); or a
-            model folder. None: from ``llm``, ``vision.tower`` and ``audio.tower``.
+            model folder, ours or a LLaVA of transformers. None: from ``llm``, ``vision.tower`` and ``audio.tower``.
         llm: folder, hub id or ``starter:NAME``; None takes the one that the align run aimed at.
         dataset: ``starter:full``, ``starter:fast`` or a folder; ``data`` are records files in it.
         branches_per_row: most questions of one picture that share a row; each epoch draws others.

@@ -16,8 +16,9 @@ from mmllm.data.chat_batches import ChatBatches
 from mmllm.data.models import resolve_model
 from mmllm.data.packing import PackedBatches
 from mmllm.errors import UserError
-from mmllm.model import MMLLMForConditionalGeneration, MMLLMProcessor, build_model, load_model
+from mmllm.model import MMLLMForConditionalGeneration, MMLLMProcessor, build_model, import_llava, load_model
 from mmllm.model.fast_lora import fuse_lora
+from mmllm.model.llava import is_llava
 from mmllm.model.loading import add_injector
 from mmllm.model.packing import allow_packing
 from mmllm.towers import load_tower
@@ -45,7 +46,7 @@ def make_model(config: TuneConfig, dtype: torch.dtype) -> tuple[MMLLMForConditio
     if init is not None and not aligned:
         if config.llm or config.vision.tower or config.audio.tower:
             raise UserError("init brings LLM and towers already", config.init, "leave out llm and tower, or init")
-        model, processor = load_model(init, dtype)
+        model, processor = import_llava(init, dtype) if is_llava(init) else load_model(init, dtype)
         for name in MODALITIES:
             section: ModalitySection = getattr(config, name)
             if section.connector:
