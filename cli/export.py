@@ -17,11 +17,28 @@ import click
     show_default=True,
     help="Only the merged weights, or the LoRA adapter beside them.",
 )
-def command(model: Path, out: Path, dtype: str | None, merge: bool) -> None:
+@click.option(
+    "--format",
+    "layout",
+    type=click.Choice(["mmllm", "llava"]),
+    default="mmllm",
+    show_default=True,
+    help="llava: LlavaForConditionalGeneration, for a vision transformer with an MLP.",
+)
+def command(model: Path, out: Path, dtype: str | None, merge: bool, layout: str) -> None:
     """Write MODEL (a run of pretrain or tune) as one folder with weights, config, tokenizer and processor.
 
-    transformers loads it after `import mmllm.model`; mmllm chat, eval and serve take it in place of a run.
+    transformers loads it after `import mmllm.model`; mmllm chat, eval and serve take it in place of a run. With
+    --format llava it needs no mmllm, and `mmllm tune init=FOLDER` takes it back.
     """
+    if layout == "llava":
+        from mmllm.errors import UserError
+        from mmllm.serve.export_llava import export_llava
+
+        if not merge:
+            raise UserError("a LLaVA folder has no place for an adapter", "--adapter", "leave --adapter out")
+        click.echo(f"{export_llava(model, out, dtype=dtype)}: AutoModelForImageTextToText of transformers loads it")
+        return
     from mmllm.serve.export import export_model
 
     folder = export_model(model, out, dtype=dtype, adapter=not merge)

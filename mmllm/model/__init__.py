@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from mmllm.model.config import MMLLMConfig
+from mmllm.model.llava import import_llava
 from mmllm.model.loading import build_model, load_model
 from mmllm.model.modeling import MMLLMForConditionalGeneration
 from mmllm.model.processor import MMLLMProcessor
@@ -16,5 +17,6 @@ __all__ = [
     "MMLLMForConditionalGeneration",
     "MMLLMProcessor",
     "build_model",
+    "import_llava",
     "load_model",
 ]

@@ -44,6 +44,17 @@ FLATTEN = (
     "{%- set messages = flat.messages -%}"
 )
 
+# Before a template that takes lists of parts alone: a content that is a string becomes such a list.
+LISTED = (
+    "{%- set listed = namespace(messages=[]) -%}"
+    "{%- for message in messages -%}"
+    "{%- set content = message['content'] -%}"
+    "{%- if content is string -%}{%- set content = [{'type': 'text', 'text': content}] -%}{%- endif -%}"
+    "{%- set listed.messages = listed.messages + [{'role': message['role'], 'content': content}] -%}"
+    "{%- endfor -%}"
+    "{%- set messages = listed.messages -%}"
+)
+
 
 def template_for(tokenizer: Any) -> str:
     """The template for an LLM's tokenizer: ChatML if it has those marks, else its own one wrapped, else a plain one."""

@@ -49,6 +49,7 @@ def build_model(
     connectors: dict[str, Connector | dict[str, Any] | None] | None = None,
     dtype: torch.dtype | None = None,
     injector: dict[str, Any] | None = None,
+    chat_template: str | None = None,
 ) -> tuple[MMLLMForConditionalGeneration, MMLLMProcessor]:
     """Joins an LLM, towers and connectors into one model with its processor.
 
@@ -58,6 +59,7 @@ def build_model(
             without an entry a tower gets ``grid_mlp`` when its tokens lie on a grid, else ``mlp``.
         dtype: of the LLM; None takes ``fast_dtype()``. Towers and connectors are float32.
         injector: config of layers inside the LLM (``dim`` and ``layers`` are filled in), see ``add_injector``.
+        chat_template: None: that of ``template_for``.
 
     The tokenizer gets the placeholder tokens; their embeddings (the mean of the others) are never read, since media
     tokens take their places.
@@ -94,6 +96,7 @@ def build_model(
         image_processor=vision_tower.preprocessor() if vision_tower is not None else None,
         feature_extractor=audio_tower.preprocessor() if audio_tower is not None else None,
         tokenizer=tokenizer,
+        chat_template=chat_template,
         image_seq_length=image_length,
         audio_tower=config.audio_config,
         audio_connector=config.audio_connector,

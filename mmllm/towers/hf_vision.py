@@ -27,6 +27,8 @@ class HFVisionTower(HFTower):
         image_size: side of the pictures that the preprocessor makes; None: the model's own.
         keep_prefix: leave class and register tokens before the grid tokens (``Features.num_prefix``) instead of
             dropping them after pooling.
+        cut: leave out so many tokens at the start, whatever they are, and give all others off the grid, as LLaVA's
+            ``vision_feature_select_strategy`` counts them; None: class tokens are told from grid tokens.
     """
 
     modality = "vision"
@@ -35,12 +37,18 @@ class HFVisionTower(HFTower):
     WITHOUT_POOLER = "cls"
 
     def __init__(
-        self, config: dict[str, Any], image_size: int | None = None, keep_prefix: bool = False, **settings: Any
+        self,
+        config: dict[str, Any],
+        image_size: int | None = None,
+        keep_prefix: bool = False,
+        cut: int | None = None,
+        **settings: Any,
     ):
         super().__init__(config, **settings)
-        self.image_size, self.keep_prefix = image_size, keep_prefix
+        self.image_size, self.keep_prefix, self.cut = image_size, keep_prefix, cut
         self._asked = frozenset(inspect.signature(self.model.forward).parameters)
         self._measured: dict[tuple[int, int], tuple[tuple[int, int, int], int, int]] = {}
+        self._counted: int | None = None
 
     @property
     def hidden_size(self) -> int:  # type: ignore[override]
@@ -87,13 +95,15 @@ class HFVisionTower(HFTower):
             pooled = tokens[:, 0]
         else:
             pooled = tokens[:, prefix:].mean(1)
-        cut = 0 if self.keep_prefix else prefix
+        cut = self.cut if self.cut is not None else 0 if self.keep_prefix else prefix
         tokens = tokens[:, cut:]
         if states is not None:
             # Stages of a CNN or Swin have grids of their own; those of a transformer are cut as the tokens are.
             flat = {k: self._on_grid(v, *pixel_values.shape[-2:])[0] for k, v in states.items()}
             states = {k: v[:, cut:] if v.shape[1] == cut + tokens.shape[1] else v for k, v in flat.items()}
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        if self.cut is not None:
+            return Features(tokens, mask, pooled, layers=states)
         return Features(tokens, mask, pooled, grid, prefix - cut, states)
 
     def _padded(self, tokens: Tensor, out: Any, states: dict[int, Tensor] | None, mask: Tensor) -> Features:
@@ -122,8 +132,8 @@ class HFVisionTower(HFTower):
 
     @property
     def grid(self) -> tuple[int, int, int] | None:
-        """(1, rows, columns) of a picture of ``image_size``; None where every picture has its own."""
-        if self.naflex:
+        """(1, rows, columns) of a picture of ``image_size``; None where every picture has its own, or with ``cut``."""
+        if self.naflex or self.cut is not None:
             return None
         if getattr(self.config, "patch_size", None) and not hasattr(self.config, "depths"):
             (height, width), (down, across) = self._size(), self._patch()
@@ -147,15 +157,24 @@ class HFVisionTower(HFTower):
         """Grid, width of tokens and of ``pooled``, by running once: CNNs have no common config for them."""
         size = self._size()
         if size not in self._measured:
-            first, was = next(self.model.parameters()), self.training
-            with torch.no_grad():
-                out = self.eval()(torch.zeros(1, 3, *size, dtype=first.dtype, device=first.device))
-            self.train(was)
+            out = self._blank(size)
             assert out.grid is not None
             self._measured[size] = (out.grid, out.tokens.shape[-1], out.pooled.shape[-1])
         return self._measured[size]
 
+    def _blank(self, size: tuple[int, int]) -> Features:
+        """What an empty picture gives."""
+        first, was = next(self.model.parameters()), self.training
+        with torch.no_grad():
+            out = self.eval()(torch.zeros(1, 3, *size, dtype=first.dtype, device=first.device))
+        self.train(was)
+        return out
+
     def num_tokens(self, length: Any = None) -> int:
+        if self.cut is not None:
+            if self._counted is None:
+                self._counted = self._blank(self._size()).tokens.shape[1]
+            return self._counted
         grid = self.grid
         if grid is None:
             if length is None:
@@ -164,7 +183,8 @@ class HFVisionTower(HFTower):
         return grid[1] * grid[2]
 
     def to_config(self) -> dict[str, Any]:
-        return {**super().to_config(), "image_size": self.image_size, "keep_prefix": self.keep_prefix}
+        config = {**super().to_config(), "image_size": self.image_size, "keep_prefix": self.keep_prefix}
+        return config if self.cut is None else {**config, "cut": self.cut}
 
     def preprocessor(self) -> Any:
         made = copy.copy(super().preprocessor())  # its size may be changed by whoever asked for it

@@ -24,12 +24,14 @@ class LoraChoice(StrictModel):
 
     Attributes:
         targets: ends of the names of linear layers, such as ``q_proj``; None: all linear layers of the blocks.
+        dora: also learn the length of each row of the weights (arXiv 2402.09353).
     """
 
     r: int = Field(default=16, ge=1)
     alpha: int = Field(default=32, ge=1)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: list[str] | None = None
+    dora: bool = False
 
 
 class TrainChoice(StrictModel):
@@ -47,8 +49,8 @@ def apply_train(tower: Tower, choice: str | dict[str, Any]) -> list[nn.Parameter
 
     Args:
         choice: ``none``; ``full``; ``{"last_n": k}``, the last k blocks and what stands after them (BatchNorm
-            excepted); ``{"lora": {"r", "alpha", "dropout", "targets"}}``, adapters alone. A video tower's pooling over
-            time trains beside whatever of its frames' encoder does.
+            excepted); ``{"lora": {"r", "alpha", "dropout", "targets", "dora"}}``, adapters alone. A video tower's
+            pooling over time trains beside whatever of its frames' encoder does.
 
     Raises:
         UserError: not one of these, more blocks than there are, or a choice that leaves nothing to train.
@@ -142,11 +144,14 @@ def _add_lora(tower: Tower, blocks: list[nn.Module], lora: LoraChoice) -> list[n
     root = getattr(tower, "model", tower)
     names = linear_layers(root, blocks)
     chosen = [n for n in names if lora.targets is None or any(f".{n}".endswith(f".{t}") for t in lora.targets)]
-    if not chosen:
+    idle = [t for t in lora.targets or [] if not any(f".{n}".endswith(f".{t}") for n in names)]
+    if not chosen or idle:
         kinds = sorted({n.rsplit(".", 1)[-1] for n in names})
         where, do = "train.lora.targets", f"linear layers of its blocks: {', '.join(kinds) or 'none'}"
-        raise UserError(f"no linear layer of this {tower.modality} tower matches {lora.targets or 'all'}", where, do)
-    settings = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=chosen)
+        raise UserError(f"no linear layer of this {tower.modality} tower matches {idle or 'all'}", where, do)
+    settings = LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, use_dora=lora.dora, target_modules=chosen
+    )
     # peft asks a model of transformers for its own names; our towers are plain modules.
     inject_adapter_in_model(settings, root)
     return [p for n, p in tower.named_parameters() if "lora_" in n]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from mmllm.config import StrictModel, load_config
 from mmllm.errors import UserError
@@ -15,12 +15,46 @@ from mmllm.train.section import TrainSection
 
 
 class LoraSection(StrictModel):
-    """Low-rank adapters on the LLM, by peft; ``targets`` are names of its linear layers."""
+    """Low-rank adapters on the LLM (arXiv 2106.09685), by peft.
+
+    Attributes:
+        targets: names of its linear layers, or ``all-linear``: all of them but the head.
+        dora: also learn the length of each row of the weights (arXiv 2402.09353).
+    """
 
     r: int = Field(default=8, ge=1)
     alpha: int = Field(default=16, ge=1)
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    targets: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    targets: list[str] | Literal["all-linear"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    dora: bool = False
+
+
+class LlmChoice(StrictModel):
+    """The dict form of ``train.llm``; exactly one of its keys.
+
+    Attributes:
+        last_n: the last n layers, the norm after them, and the head where it is not the word embeddings.
+        lora: adapters alone, as in the section ``lora``.
+    """
+
+    last_n: int | None = Field(default=None, ge=1)
+    lora: LoraSection | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> LlmChoice:
+        if (self.last_n is None) == (self.lora is None):
+            raise ValueError("needs exactly one of last_n and lora")
+        return self
+
+
+def _form(value: Any) -> str:
+    return "name" if isinstance(value, str) else "choice"
+
+
+# One form is looked at, by what is given, so that a mistake inside it is told and not that the other form differs.
+LlmTrain = Annotated[
+    Annotated[Literal["none", "lora", "full"], Tag("name")] | Annotated[LlmChoice, Tag("choice")], Discriminator(_form)
+]
 
 
 class ModalitySection(StrictModel):
@@ -36,13 +70,18 @@ class ModalitySection(StrictModel):
 
 
 class TuneTrain(TrainSection):
-    """Which parts train, beside the usual names; ``learning_rates`` per part, under the parts' names here."""
+    """Which parts train, beside the usual names; ``learning_rates`` per part, under the parts' names here.
+
+    Attributes:
+        llm: ``lora`` takes the settings of the section ``lora``; or ``{last_n: k}``, or ``{lora: {...}}``.
+        vision, audio: the towers; also ``{last_n: k}`` or ``{lora: {...}}``, see ``apply_train`` of the towers.
+    """
 
     connector: Literal["full", "none"] = "full"
     injector: Literal["full", "none"] = "full"
-    llm: Literal["none", "lora", "full"] = "none"
-    vision: Literal["none", "full"] = "none"
-    audio: Literal["none", "full"] = "none"
+    llm: LlmTrain = "none"
+    vision: Literal["none", "full"] | dict[str, Any] = "none"
+    audio: Literal["none", "full"] | dict[str, Any] = "none"
     learning_rates: dict[Literal["connector", "injector", "llm", "vision", "audio"], float] = Field(
         default_factory=dict
     )
@@ -53,7 +92,7 @@ class TuneConfig(StrictModel):
 
     Attributes:
         init: run that this one starts from: of align (gives towers and connectors), pretrain or tune (the model); or a
-            model folder. None: from ``llm``, ``vision.tower`` and ``audio.tower``.
+            model folder, ours or a LLaVA of transformers. None: from ``llm``, ``vision.tower`` and ``audio.tower``.
         llm: folder, hub id or ``starter:NAME``; None takes the one that the align run aimed at.
         dataset: ``starter:full``, ``starter:fast`` or a folder; ``data`` are records files in it.
         branches_per_row: most questions of one picture that share a row; each epoch draws others.
@@ -125,8 +164,10 @@ def train_and_save(stage: str, config: TuneConfig, records: list[dict[str, Any]]
     from mmllm.data.packing import PackedBatches
     from mmllm.train.chat_media import ChatMedia
     from mmllm.train.launch import is_main, set_threads
+    from mmllm.train.memory import print_memory
     from mmllm.train.trainer import MMTrainer
-    from mmllm.train.tune_model import adapt, fast_attention, make_batches, make_model, save_final
+    from mmllm.train.tune_model import fast_attention, make_batches, make_model, save_final
+    from mmllm.train.tune_parts import adapt, tune_memory
 
     hf_logging.disable_progress_bar()  # its bars break the plain lines of a log
     set_threads(config.train.threads)
@@ -143,6 +184,7 @@ def train_and_save(stage: str, config: TuneConfig, records: list[dict[str, Any]]
     media = ChatMedia(model, processor, records, config)
     batches, items = make_batches(config, records, processor, media)
     count = TokenCount()
+    print_memory(tune_memory(model, groups, config, batches))
     trainer = MMTrainer(model, batches, groups, config.train, run, items=items, hooks=[count.hook()], unpack_batch=True)
     trainer.fit()
     if is_main():

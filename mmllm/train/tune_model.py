@@ -1,4 +1,4 @@
-"""What pretrain and tune train: the model made from `init`, its adapters and parameter groups, and its final folder."""
+"""The model that pretrain and tune start from, made from `init` or parts, its batches, and its final folder."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ from mmllm.data.chat_batches import ChatBatches
 from mmllm.data.models import resolve_model
 from mmllm.data.packing import PackedBatches
 from mmllm.errors import UserError
-from mmllm.model import MMLLMForConditionalGeneration, MMLLMProcessor, build_model, load_model
-from mmllm.model.fast_lora import fuse_lora
+from mmllm.model import MMLLMForConditionalGeneration, MMLLMProcessor, build_model, import_llava, load_model
+from mmllm.model.llava import is_llava
 from mmllm.model.loading import add_injector
 from mmllm.model.packing import allow_packing
 from mmllm.towers import load_tower
 from mmllm.towers.training import merged
-from mmllm.train.params import ParamGroup, set_trainable
 from mmllm.train.run import final_folder, read_info
 from mmllm.train.tune import ModalitySection, TuneConfig
 
@@ -45,7 +44,7 @@ def make_model(config: TuneConfig, dtype: torch.dtype) -> tuple[MMLLMForConditio
     if init is not None and not aligned:
         if config.llm or config.vision.tower or config.audio.tower:
             raise UserError("init brings LLM and towers already", config.init, "leave out llm and tower, or init")
-        model, processor = load_model(init, dtype)
+        model, processor = import_llava(init, dtype) if is_llava(init) else load_model(init, dtype)
         for name in MODALITIES:
             section: ModalitySection = getattr(config, name)
             if section.connector:
@@ -125,38 +124,6 @@ def with_changes(connector: Connector, changes: dict[str, Any]) -> Connector:
     return new
 
 
-def adapt(model: MMLLMForConditionalGeneration, config: TuneConfig) -> list[ParamGroup]:
-    """Puts LoRA on the LLM where wanted and freezes all that does not train; returns what does, in groups.
-
-    Raises:
-        UserError: nothing trains, or LoRA's targets are not in this LLM.
-    """
-    train, groups = config.train, []
-    rate = train.learning_rates.get
-
-    def part(name: str) -> list[torch.nn.Parameter]:
-        module = getattr(model, name)
-        return list(getattr(module, "trainable", module.parameters)()) if module is not None else []
-
-    if train.connector == "full":
-        params = part("vision_connector") + part("audio_connector")
-        groups.append(ParamGroup("connector", params, rate("connector")))
-    if train.injector == "full" and model.injector is not None:
-        groups.append(ParamGroup("injector", list(model.injector.parameters()), rate("injector")))
-    if train.llm == "lora":
-        groups.append(ParamGroup("llm.lora", add_lora(model, config), rate("llm")))
-    elif train.llm == "full":
-        groups.append(ParamGroup("llm", list(model.language_model.parameters()), rate("llm")))
-    for name in MODALITIES:
-        if getattr(train, name) == "full":
-            if getattr(model, f"{name}_tower") is not None and not part(f"{name}_tower"):
-                raise UserError(f"the {name} tower is frozen by its own 'train: none'", f"train.{name}")
-            groups.append(ParamGroup(f"{name}_tower", part(f"{name}_tower"), rate(name)))  # type: ignore[arg-type]
-    if not any(g.params for g in groups):
-        raise UserError("nothing trains", "train", "set connector: full or llm: lora")
-    return set_trainable(model, groups)
-
-
 SHORT_ROW = 1024  # tokens
 
 
@@ -192,24 +159,6 @@ def make_batches(
     batches = PackedBatches(*args, *options, row_length=length)
     epochs_count = config.train.max_steps is None  # then the whole first epoch is planned now
     return batches, batches.rows_an_epoch() if epochs_count else len(records)
-
-
-def add_lora(model: MMLLMForConditionalGeneration, config: TuneConfig) -> list[torch.nn.Parameter]:
-    """Wraps the LLM with peft's LoRA; returns the adapters' parameters (float32)."""
-    from peft import LoraConfig, get_peft_model
-
-    lora = config.lora
-    settings = LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.targets, task_type="CAUSAL_LM"
-    )
-    try:
-        model.language_model = get_peft_model(model.language_model, settings)
-    except ValueError as e:
-        raise UserError(
-            f"LoRA: {str(e).splitlines()[0][:200]}", "lora.targets", "name linear layers of this LLM"
-        ) from None
-    fuse_lora(model.language_model)
-    return [p for n, p in model.language_model.named_parameters() if "lora_" in n]
 
 
 def save_final(model: MMLLMForConditionalGeneration, processor: MMLLMProcessor, folder: Path) -> None:
