@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mmllm.errors import UserError, unknown
+from mmllm.evaluate.page import write_eval_report
 from mmllm.evaluate.tasks import EvalData, EvalTask, Row, Sample, take_clusters
 from mmllm.registry import get, names
 from mmllm.report.figures import Figure, write_figures
@@ -185,7 +186,7 @@ def run_eval(
     decoder: Any = None,
     command: str = "mmllm eval",
 ) -> list[Figure]:
-    """Evaluates a model and writes ``results.json``, ``predictions.jsonl`` and ``trace.json`` into ``out``.
+    """Evaluates a model; ``out`` gets ``results.json``, ``predictions.jsonl``, ``report.html`` and ``trace.json``.
 
     Args:
         model_path: run folder or model folder of the multimodal LLM; not needed for ``retrieval`` alone.
@@ -246,6 +247,8 @@ def run_eval(
         "seconds": round(time.monotonic() - start, 1),
     }  # fmt: skip
     write_figures(folder / "results.json", command, seed, None, data.manifest.get("sources", []), figures, **extra)
+    if jobs:
+        write_eval_report(folder)
     return figures
 
 

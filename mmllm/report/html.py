@@ -25,7 +25,7 @@ th{text-align:left;background:#f9fafb}td.num{text-align:right;font-variant-numer
 .card{border:1px solid #e5e7eb;border-radius:8px;padding:.6rem;font-size:.88rem}.card svg{width:100%;height:auto}
 .right{color:#047857}.wrong{color:#b91c1c}.small{color:#6b7280;font-size:.82rem}pre{background:#f3f4f6;padding:.7rem;overflow:auto}
 .plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(340px,1fr));gap:1rem}audio{width:100%}
-dl{margin:.4rem 0 0}dt{font-weight:600}dd{margin:0 0 .3rem 0}
+summary{cursor:pointer;font-weight:600;margin:.5rem 0}dl{margin:.4rem 0 0}dt{font-weight:600}dd{margin:0 0 .3rem 0}
 """
 
 

@@ -19,6 +19,7 @@ from mmllm.evaluate.benchmarks.answers import AnswerStore, Given, Key, question_
 from mmllm.evaluate.benchmarks.base import YES_NO, Answered, Benchmark, split_of
 from mmllm.evaluate.benchmarks.controls import ALWAYS_YES, BLIND, add_controls, asked_controls, control_kinds, kind_of
 from mmllm.evaluate.benchmarks.scores import unparsed_figure
+from mmllm.evaluate.page import write_eval_report
 from mmllm.evaluate.run import GENERATE_PORTION, SCORE_PORTION, Progress, load_decoder, media_portions
 from mmllm.evaluate.tasks import Sample
 from mmllm.report.figures import Figure, read_figures, write_figures
@@ -64,7 +65,8 @@ def run_benchmarks(
     """Evaluates a model on benchmarks in their official layout.
 
     Writes ``answers.jsonl`` as it goes (an interrupted run goes on from it; with all answers there the model is not
-    even loaded), then ``predictions.jsonl`` (prompt, answer, parsed answer, truth, margin) and ``results.json``.
+    even loaded), then ``predictions.jsonl`` (prompt, answer, parsed answer, truth, margin), ``results.json``
+    and ``report.html``.
     Figures of other tasks that the folder already has stay in ``results.json``.
 
     Args:
@@ -112,7 +114,9 @@ def run_benchmarks(
     extra = {k: identity[k] for k in ("model", "weights", "decode")}
     extra |= {"data": str(data), "limit": limit, "control": "+".join(kinds) or "none"}
     extra |= {"seconds": round(time.monotonic() - start, 1)}
-    return write_results(folder / "results.json", found, told, command, seed, extra)
+    figures = write_results(folder / "results.json", found, told, command, seed, extra)
+    write_eval_report(folder)
+    return figures
 
 
 def key_of(benchmark: Benchmark, sample: Sample) -> Key:
