@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from mmllm.contracts import StepHook
 from mmllm.data.chat_batches import record_media
 from mmllm.errors import UserError, unknown
-from mmllm.model import MMLLMForConditionalGeneration
+from mmllm.model import MMLLMForConditionalGeneration, MMLLMProcessor
 from mmllm.model.fast_lora import fuse_lora
 from mmllm.model.injection import decoder_layers
 from mmllm.towers.training import apply_train
+from mmllm.train.kl_to_base import KLToBase
 from mmllm.train.memory import Memory, estimate_memory
 from mmllm.train.params import ParamGroup, set_trainable
 from mmllm.train.tune import LoraSection, TuneConfig
@@ -146,3 +148,16 @@ def tune_memory(
     pictures = math.ceil(rows * (sum(media) / len(media)) * max(row / max(lengths.mean(), 1), 1))
     checkpointing = bool(config.train.model_dump().get("gradient_checkpointing"))
     return estimate_memory(model, groups, config.train.optim, rows * row, row, pictures, checkpointing)
+
+
+def keeping_hooks(
+    model: MMLLMForConditionalGeneration, processor: MMLLMProcessor, config: TuneConfig
+) -> list[StepHook]:
+    """What holds the LLM near its base, by ``kl_to_base``.
+
+    Raises:
+        UserError: the LLM has no adapters, so its base is gone as soon as it trains.
+    """
+    if not config.kl_to_base:
+        return []
+    return [KLToBase(model, config.kl_to_base, [processor.image_token_id, processor.audio_token_id])]
