@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -197,6 +196,7 @@ def train_and_save(
     from mmllm.train.launch import is_main, set_threads
     from mmllm.train.memory import print_memory
     from mmllm.train.perplexity import Kept, figures, read_texts, told
+    from mmllm.train.token_count import TokenCount
     from mmllm.train.trainer import MMTrainer
     from mmllm.train.tune_model import fast_attention, make_batches, make_model, save_final
     from mmllm.train.tune_parts import adapt, keeping_hooks, tune_memory
@@ -260,41 +260,3 @@ def choose_dtype(config: TuneConfig, run: Any) -> Any:
         broadcast_object_list(held)
         name = held[0]
     return getattr(torch, str(name))
-
-
-class TokenCount:
-    """Counts the real tokens (no padding) that go through the LLM, and the time they take after the first step."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self.waiting = 0
-        self.start: tuple[float, float] | None = None
-
-    def hook(self) -> Any:
-        """The StepHook that counts."""
-        from mmllm.contracts import StepHook
-
-        count = self
-
-        class Count(StepHook):
-            def before_forward(self, model: Any, batch: Any, step: int) -> None:
-                count.waiting = int(batch["attention_mask"].sum())
-
-            def after_backward(self, model: Any, step: int) -> None:
-                if count.start is None:  # the first step also pays for warming up
-                    count.start = (time.monotonic(), time.process_time())
-                else:
-                    count.tokens += count.waiting
-
-        return Count()
-
-    def report(self) -> dict[str, float]:
-        """``tokens``, ``tokens_per_second`` and ``tokens_per_cpu_second`` (forward, backward and optimizer)."""
-        if self.start is None or not self.tokens:
-            return {}
-        wall, cpu = time.monotonic() - self.start[0], time.process_time() - self.start[1]
-        return {
-            "tokens": self.tokens,
-            "tokens_per_second": round(self.tokens / max(wall, 1e-9), 1),
-            "tokens_per_cpu_second": round(self.tokens / max(cpu, 1e-9), 1),
-        }

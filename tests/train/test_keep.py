@@ -1,6 +1,7 @@
 """What keeps the LLM's mind: replay, the divergence from its base, and its perplexity before and after."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from test_tune import config, own_cache, tune, turn, weights, world  # noqa: F401
+from test_tune import config, moved, own_cache, tune, turn, weights, world  # noqa: F401
 from tiny_mm import tiny_llm, tiny_towers
 
 from mmllm.data.conversations import IGNORE, collate, encode_conversation
@@ -134,6 +135,25 @@ def test_a_run_with_replay_and_divergence_measures_its_llm(world, replay, tmp_pa
     from mmllm.report.runs import write_run_report
 
     assert "llm_perplexity_before" in write_run_report([run], tmp_path / "page.html").read_text()
+
+
+def test_a_run_that_keeps_resumes_with_the_same_bits(world, replay, tmp_path):  # noqa: F811
+    settings = config(
+        world,
+        kl_to_base=1.0,
+        replay={"data": replay, "weight": 0.5},
+        lora={"r": 2, "dropout": 0.1},
+        train={"llm": "lora", "connector": "none", "max_steps": 4, "learning_rate": 1e-2},
+    )
+    whole = tune("tune", settings, tmp_path / "whole")
+    cut = tmp_path / "cut"
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "final")
+    shutil.rmtree(cut / "checkpoints" / "checkpoint-4")
+    tune("tune", settings, cut, resume=True)
+    assert moved(weights(whole), weights(cut)) == set()
+    one, other = (json.loads((run / "run.json").read_text())["perplexity"] for run in (whole, cut))
+    assert one == other
 
 
 def whole_perplexity(model, tokenizer, texts):
