@@ -95,6 +95,29 @@ def loss_at_head(
             head.forward = own
 
 
+@contextmanager
+def states_at_head(model: Any, rows: Tensor, columns: Tensor) -> Iterator[list[Tensor]]:
+    """Within, a causal LM puts its hidden states [n, H] at the places (rows[i], columns[i]) into the list given.
+
+    Its head makes logits of the first place alone.
+    """
+    head = model.get_output_embeddings()
+    own, plain = vars(head).get("forward"), head.forward
+    found: list[Tensor] = []
+
+    def forward(states: Tensor) -> Tensor:
+        found.append(states[rows, columns])
+        return plain(found[-1][:1].detach()[None])
+
+    head.forward = forward
+    try:
+        yield found
+    finally:
+        del head.forward
+        if own is not None:
+            head.forward = own
+
+
 def _in_chunks(logits: Any, hidden: Tensor, targets: Tensor, share: Tensor | None, vocabulary: int) -> Tensor:
     """The same loss for any head; each chunk's logits are made again in the backward."""
     rows = max(1, CHUNK // vocabulary)

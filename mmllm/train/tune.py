@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -87,6 +86,18 @@ class TuneTrain(TrainSection):
     )
 
 
+class ReplaySection(StrictModel):
+    """Conversations without media beside the run's own.
+
+    Attributes:
+        data: records files in the dataset.
+        weight: their share of all conversations of an epoch.
+    """
+
+    data: str | list[str]
+    weight: float = Field(default=0.1, gt=0, lt=1)
+
+
 class TuneConfig(StrictModel):
     """Config of ``mmllm pretrain`` and ``mmllm tune``.
 
@@ -103,6 +114,11 @@ class TuneConfig(StrictModel):
         dtype: of the LLM; auto takes bfloat16 where this machine is faster with it (measured), else float32.
         injector: layers inside the LLM through which media reach it, neutral at the start: ``{type:
             gated_cross_attention, every: 4}`` (Flamingo); see ``GatedInjector``.
+        replay: text-only conversations mixed in, so that the LLM keeps what it knows.
+        kl_to_base: weight of the divergence from the LLM without adapters at the supervised tokens of conversations
+            without media; 0: none.
+        perplexity: text on which a trained LLM is measured before and after: ``built-in``, or a file in the dataset
+            (texts parted by empty lines, or JSONL with ``text``); None: not measured.
         copies: colour-changed copies of each picture's features beside the plain one (frozen vision tower).
     """
 
@@ -120,6 +136,9 @@ class TuneConfig(StrictModel):
     copies: int = Field(default=0, ge=0)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     injector: dict[str, Any] | None = None
+    replay: ReplaySection | None = None
+    kl_to_base: float = Field(default=0.0, ge=0)
+    perplexity: str | None = "built-in"
     lora: LoraSection = Field(default_factory=LoraSection)
     train: TuneTrain = Field(default_factory=TuneTrain)
 
@@ -137,14 +156,16 @@ def run_stage(stage: str, config_path: str, overrides: Any, out: Path | None, re
 def tune(stage: str, config: TuneConfig, out: Path, resume: bool = False) -> Path:
     """The stage on a ready config; see ``run_stage``."""
     from mmllm.data.models import resolve_dataset
-    from mmllm.data.records import read_records
+    from mmllm.train.replay import mix_replay
     from mmllm.train.run import RunFolder
 
     folder = Path(resolve_dataset(config.dataset))
-    files = [config.data] if isinstance(config.data, str) else config.data
-    records = [r for name in files for r in read_records(folder / name)][: config.limit]
+    records = _records(folder, config.data)[: config.limit]
     if not records:
-        raise UserError("no records", folder / files[0])
+        raise UserError("no records", folder / (config.data if isinstance(config.data, str) else config.data[0]))
+    if config.replay is not None:
+        replay = _records(folder, config.replay.data)
+        records = mix_replay(records, replay, config.replay.weight, config.train.seed)
     about = folder / "dataset.json"
     sources = json.loads(about.read_text(encoding="utf-8")).get("sources", []) if about.is_file() else []
     run = RunFolder.open(out, stage, config, resume, seed=config.train.seed, sources=sources)
@@ -152,26 +173,39 @@ def tune(stage: str, config: TuneConfig, out: Path, resume: bool = False) -> Pat
         print(f"{out}: already finished", flush=True)
         return out
     with run.begun():
-        train_and_save(stage, config, records, run)
+        train_and_save(stage, config, records, run, folder)
     return out
 
 
-def train_and_save(stage: str, config: TuneConfig, records: list[dict[str, Any]], run: Any) -> None:
-    """Makes the model, trains it on the records and writes ``final/``."""
+def _records(folder: Path, names: str | list[str]) -> list[dict[str, Any]]:
+    from mmllm.data.records import read_records
+
+    return [r for name in ([names] if isinstance(names, str) else names) for r in read_records(folder / name)]
+
+
+def train_and_save(
+    stage: str, config: TuneConfig, records: list[dict[str, Any]], run: Any, folder: Path | None = None
+) -> None:
+    """Makes the model, trains it on the records and writes ``final/``; ``folder`` is the dataset's."""
     from transformers import set_seed
     from transformers.utils import logging as hf_logging
 
     from mmllm.data.packing import PackedBatches
+    from mmllm.report.figures import write_figures
     from mmllm.train.chat_media import ChatMedia
     from mmllm.train.launch import is_main, set_threads
     from mmllm.train.memory import print_memory
+    from mmllm.train.perplexity import Kept, figures, read_texts, told
+    from mmllm.train.token_count import TokenCount
     from mmllm.train.trainer import MMTrainer
     from mmllm.train.tune_model import fast_attention, make_batches, make_model, save_final
-    from mmllm.train.tune_parts import adapt, tune_memory
+    from mmllm.train.tune_parts import adapt, keeping_hooks, tune_memory
 
     hf_logging.disable_progress_bar()  # its bars break the plain lines of a log
     set_threads(config.train.threads)
     set_seed(config.train.seed)
+    trains = config.perplexity is not None and config.train.llm != "none"
+    texts = read_texts(str(config.perplexity), folder) if trains else None
     dtype = choose_dtype(config, run)
     model, processor = make_model(config, dtype)
     fast_attention(model, config)
@@ -185,8 +219,11 @@ def train_and_save(stage: str, config: TuneConfig, records: list[dict[str, Any]]
     batches, items = make_batches(config, records, processor, media)
     count = TokenCount()
     print_memory(tune_memory(model, groups, config, batches))
-    trainer = MMTrainer(model, batches, groups, config.train, run, items=items, hooks=[count.hook()], unpack_batch=True)
+    hooks = [count.hook(), *keeping_hooks(model, processor, config)]
+    trainer = MMTrainer(model, batches, groups, config.train, run, items=items, hooks=hooks, unpack_batch=True)
+    kept = Kept(model, processor.tokenizer, texts, config.perplexity)
     trainer.fit()
+    mind = kept.finish()
     if is_main():
         speed = count.report()
         if isinstance(batches, PackedBatches):
@@ -194,7 +231,10 @@ def train_and_save(stage: str, config: TuneConfig, records: list[dict[str, Any]]
             print(f"packed rows of {batches.row_length:,} tokens were {batches.fill:.1%} full", flush=True)
         with run.final() as final:
             save_final(model, processor, final)
-        run.update(**speed)
+            if mind:
+                print(told(mind), flush=True)
+                write_figures(final / "results.json", stage, config.train.seed, None, None, figures(mind))
+        run.update(**speed, **({"perplexity": mind} if mind else {}))
         print(f"{stage}: model in {run.path / 'final'}", flush=True)
         if "tokens" in speed:
             rates = [f"{speed[k]:,.0f}" for k in ("tokens", "tokens_per_second", "tokens_per_cpu_second")]
@@ -220,41 +260,3 @@ def choose_dtype(config: TuneConfig, run: Any) -> Any:
         broadcast_object_list(held)
         name = held[0]
     return getattr(torch, str(name))
-
-
-class TokenCount:
-    """Counts the real tokens (no padding) that go through the LLM, and the time they take after the first step."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self.waiting = 0
-        self.start: tuple[float, float] | None = None
-
-    def hook(self) -> Any:
-        """The StepHook that counts."""
-        from mmllm.contracts import StepHook
-
-        count = self
-
-        class Count(StepHook):
-            def before_forward(self, model: Any, batch: Any, step: int) -> None:
-                count.waiting = int(batch["attention_mask"].sum())
-
-            def after_backward(self, model: Any, step: int) -> None:
-                if count.start is None:  # the first step also pays for warming up
-                    count.start = (time.monotonic(), time.process_time())
-                else:
-                    count.tokens += count.waiting
-
-        return Count()
-
-    def report(self) -> dict[str, float]:
-        """``tokens``, ``tokens_per_second`` and ``tokens_per_cpu_second`` (forward, backward and optimizer)."""
-        if self.start is None or not self.tokens:
-            return {}
-        wall, cpu = time.monotonic() - self.start[0], time.process_time() - self.start[1]
-        return {
-            "tokens": self.tokens,
-            "tokens_per_second": round(self.tokens / max(wall, 1e-9), 1),
-            "tokens_per_cpu_second": round(self.tokens / max(cpu, 1e-9), 1),
-        }

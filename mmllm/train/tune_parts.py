@@ -10,12 +10,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from mmllm.contracts import StepHook
 from mmllm.data.chat_batches import record_media
 from mmllm.errors import UserError, unknown
-from mmllm.model import MMLLMForConditionalGeneration
+from mmllm.model import MMLLMForConditionalGeneration, MMLLMProcessor
 from mmllm.model.fast_lora import fuse_lora
 from mmllm.model.injection import decoder_layers
+from mmllm.towers.hf_vision import HFVisionTower
 from mmllm.towers.training import apply_train
+from mmllm.train.kl_to_base import KLToBase
 from mmllm.train.memory import Memory, estimate_memory
 from mmllm.train.params import ParamGroup, set_trainable
 from mmllm.train.tune import LoraSection, TuneConfig
@@ -53,10 +56,31 @@ def adapt(model: MMLLMForConditionalGeneration, config: TuneConfig) -> list[Para
         if tower is not None and not part(f"{name}_tower"):
             raise UserError(f"the {name} tower is frozen by its own 'train: none'", f"train.{name}")
         shown = f"{name}_tower.lora" if isinstance(choice, dict) and "lora" in choice else f"{name}_tower"
-        groups.append(ParamGroup(shown, part(f"{name}_tower"), rate(name)))  # type: ignore[arg-type]
+        params = reached(tower, part(f"{name}_tower"), name)
+        groups.append(ParamGroup(shown, params, rate(name)))  # type: ignore[arg-type]
     if not any(g.params for g in groups):
         raise UserError("nothing trains", "train", "set connector: full or llm: lora")
     return set_trainable(model, groups)
+
+
+def reached(tower: Any, params: list[nn.Parameter], name: str) -> list[nn.Parameter]:
+    """Those parameters of a tower that its tokens depend on: not its pooler, nor blocks after the layer that is taken.
+
+    The others would never move, and several processes would wait for their gradients. Only looked at in vision
+    transformers of transformers and CNNs, which take a picture of a known size.
+
+    Raises:
+        UserError: none of them.
+    """
+    if not isinstance(tower, HFVisionTower) or tower.naflex or not params:
+        return params
+    tokens = tower(torch.zeros(1, 3, *tower._size())).tokens
+    grads = torch.autograd.grad(tokens.float().sum(), params, allow_unused=True) if tokens.requires_grad else ()
+    kept = [p for p, g in zip(params, grads) if g is not None]
+    if not kept:
+        what = f"the {name} tower gives layer {tower.layer}, and all that would train comes after it"
+        raise UserError(what, f"train.{name}", "raise last_n, or take lora")
+    return kept
 
 
 def llm_groups(model: MMLLMForConditionalGeneration, config: TuneConfig) -> list[ParamGroup]:
@@ -146,3 +170,16 @@ def tune_memory(
     pictures = math.ceil(rows * (sum(media) / len(media)) * max(row / max(lengths.mean(), 1), 1))
     checkpointing = bool(config.train.model_dump().get("gradient_checkpointing"))
     return estimate_memory(model, groups, config.train.optim, rows * row, row, pictures, checkpointing)
+
+
+def keeping_hooks(
+    model: MMLLMForConditionalGeneration, processor: MMLLMProcessor, config: TuneConfig
+) -> list[StepHook]:
+    """What holds the LLM near its base, by ``kl_to_base``.
+
+    Raises:
+        UserError: the LLM has no adapters, so its base is gone as soon as it trains.
+    """
+    if not config.kl_to_base:
+        return []
+    return [KLToBase(model, config.kl_to_base, [processor.image_token_id, processor.audio_token_id])]

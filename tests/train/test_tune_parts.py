@@ -24,6 +24,18 @@ def test_a_llava_folder_is_tuned_and_goes_back(world, tmp_path):  # noqa: F811
     torch.testing.assert_close(again.state_dict(), weights(run))
 
 
+def test_only_blocks_before_the_layer_that_is_taken_train(world, tmp_path):  # noqa: F811
+    folder = save_llava(tmp_path / "llava")  # takes the layer before the last of three
+    base = {"vision": {}, "audio": {}, "llm": None, "init": str(folder), "limit": 24}
+    train = {"connector": "none", "max_steps": 2}
+    run = tune("tune", config(world, **base, train={**train, "vision": {"last_n": 2}}), tmp_path / "run")
+    before, after = import_llava(folder, torch.float32)[0].state_dict(), weights(run)
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    assert changed and all(k.startswith("vision_tower.model.encoder.layers.1.") for k in changed), changed
+    with pytest.raises(UserError, match="comes after it"):
+        tune("tune", config(world, **base, train={**train, "vision": {"last_n": 1}}), tmp_path / "no")
+
+
 VIT = {"model": "tiny:vit", "image_size": 32, "hidden_size": 24, "layers": 2, "heads": 2}
 FROZEN = {"max_steps": 1, "learning_rate": 0.0, "weight_decay": 0.0}
 
