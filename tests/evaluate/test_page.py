@@ -78,6 +78,16 @@ def test_the_same_page_twice_and_fewer_cards(folder):
     assert part(few, "pope").count('class="card"') == 2 and part(few, "clotho").count('class="card"') == 2
 
 
+def test_the_command_writes_it_anew(folder):
+    from click.testing import CliRunner
+
+    from mmllm.cli.report import command
+
+    page = folder / "mine.html"
+    result = CliRunner().invoke(command, [str(folder), "--out", str(page)], catch_exceptions=False)
+    assert result.exit_code == 0 and "12 of 30 wrong answers" in page.read_text()
+
+
 def test_bars_are_as_long_as_their_values():
     figures = [Figure("a_x", 0.25, unit="fraction"), Figure("a_y", 100, unit="points", chance=75),
                Figure("a_sum", 900, unit="points", chance=225), Figure("a_over_shuffled", 0.1)]  # fmt: skip

@@ -45,7 +45,7 @@ TABLE = [
     ("scienceqa", "llava", LETTERS, {"B": "B", "B. dog": "B", "The answer is B.": "B", "dog": None}),
     ("scienceqa", "lmms", LETTERS, {"B": "B", "B.": "B", "The answer is B.": None}),
     ("scienceqa", "official", LETTERS, {"B": None, "The answer is B.": "B"}),
-    ("mmvp", "official", LETTERS, {"(b)": None, "a dog": "B", "B": "B"}),
+    ("mmvp", "official", LETTERS, {"(b)": "B", "a dog": "B", "B": "B"}),
     ("mmvp", "llava", LETTERS, {"(b)": "B"}),
     ("mmvp", "lmms", LETTERS, {"(b)": "B", "the answer is b": "B", "dog": None}),
     ("mmau", "official", LETTERS, {"a dog": "B", "B": None, "cat, dog": None}),

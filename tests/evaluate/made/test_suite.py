@@ -34,6 +34,8 @@ def test_six_benchmarks_in_one_command(model, made_from, tmp_path, monkeypatch):
     assert figures["mme_existence"]["controls"]["always_yes"]["value"] == 50
     assert figures["pope_random_accuracy"]["controls"]["always_yes"]["value"] == 0.5
     assert set(figures["refcoco_val_iou50"]["controls"]) == {"shuffled", "blind"}
+    page = (out / "report.html").read_text()
+    assert "always yes" in page and "data:image/jpeg" in page and all(f"<h2>{t}</h2>" in page for t in TASKS)
     made = list((tmp_path / "cache" / "bench").iterdir())
     assert len(made) == 1 and suite_data(str(made_from)) == made[0] == suite_data(str(made[0]))
 
