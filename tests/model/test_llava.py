@@ -102,6 +102,17 @@ def test_our_own_model_is_a_llava_for_transformers(clip, tmp_path, chatml):
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_an_llm_in_bfloat16_goes_out_as_it_is(clip, tmp_path):
+    parts = {"vision_tower": clip, "connectors": {"vision": {"type": "mlp"}}}
+    model, processor = build_model(tiny_llm(), dtype=torch.bfloat16, **parts)
+    model.language_model.to(torch.bfloat16)  # the tiny one is handed in, so it has a dtype of its own
+    model.save_pretrained(tmp_path / "ours")
+    processor.save_pretrained(tmp_path / "ours")
+    out = AutoModelForImageTextToText.from_pretrained(export_llava(tmp_path / "ours", tmp_path / "out"), dtype="auto")
+    assert {p.dtype for p in out.parameters()} == {torch.bfloat16}
+    assert torch.equal(out.lm_head.weight, model.get_output_embeddings().weight)
+
+
 @pytest.mark.parametrize(
     "connector, word",
     [
