@@ -11,13 +11,14 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo demo-fast test test-fast test-peers setup lint clean
+.PHONY: help demo demo-fast test test-fast test-peers test-lmms setup lint clean
 help:
 	@echo "make demo       set up, then run the whole quickstart (some 20 minutes on 2 CPU cores)"
 	@echo "make demo-fast  the same at a twentieth of the size (some 7 minutes)"
 	@echo "make test       set up, lint, type check, all tests (with real vLLM on CPU)"
 	@echo "make test-fast  the tests for every edit"
 	@echo "make test-peers the tests against timm and open_clip (a second environment of some 6 GB)"
+	@echo "make test-lmms  the test against lmms-eval's own runner (some 60 packages in a folder of their own)"
 
 demo: setup $(VENV)/.vllm
 	$(BIN)/mmllm quickstart
@@ -34,6 +35,10 @@ test-fast: setup
 test-peers:
 	PYTHON=$(PYTHON) sh scripts/open_clip_env.sh $(PEERS)
 	$(PEERS)/bin/python -m pytest -m peers
+
+test-lmms: setup
+	sh scripts/lmms_folder.sh $(BIN)/python .lmms
+	MMLLM_REQUIRE_ALL=1 PYTHONPATH=.lmms $(BIN)/python -m pytest -m peers tests/evaluate/test_lmms.py
 
 lint: setup
 	$(BIN)/ruff check .
