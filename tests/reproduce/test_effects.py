@@ -117,6 +117,16 @@ def test_mistakes_are_named_before_anything_runs(tiny, tmp_path):
         runner.run_effects(["filip"], tmp_path / "out", seeds=2)
 
 
+def test_one_effect_that_fails_does_not_keep_the_others_back(tiny, tmp_path, monkeypatch, capsys):
+    good = runner.effect("filip")
+    bad = good.model_copy(update={"metric": "things_r9"})
+    monkeypatch.setattr(runner, "effect", lambda slug: {"filip": good, "fdt": bad}[slug])
+    told = []
+    with pytest.raises(UserError, match="1 of 2 effects failed, the first: no figure 'things_r9'"):
+        runner.run_effects(["fdt", "filip"], tmp_path / "out", seeds=2, done=lambda r: told.append(r.outcome()))
+    assert len(told) == 1 and "tiny.yaml: no figure" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("one", cards(), ids=lambda c: c.slug)
 def test_every_method_has_an_effect_whose_arms_differ_in_little(one):
     from mmllm.train.align_config import AlignConfig

@@ -101,7 +101,8 @@ def run_effects(
         done: is told of each effect when all of its runs are finished.
 
     Raises:
-        UserError: a mistake in a config, or a run that failed (named with its log).
+        UserError: a mistake in a config, before anything runs; or, after all others are through, runs that failed
+            (named with their log).
     """
     from mmllm.train.launch import available_cores
 
@@ -115,15 +116,25 @@ def run_effects(
     count = jobs or available_cores()
     threads = max(1, available_cores() // count)
     ledger = Ledger(out)
+    failed: list[UserError] = []
     with _pool(count, threads) as pool:
         for result, todo in zip(results, work):
-            _run_all(pool, ledger, todo)
-            for job in todo:
-                folder = ledger.folder(job.name, job.key)
-                result.figures.setdefault(job.arm, {})[job.seed] = read_figures(folder)
-                result.minutes += seconds(folder) / 60
-            if done is not None:
-                done(result)
+            try:
+                _run_all(pool, ledger, todo)
+                for job in todo:
+                    folder = ledger.folder(job.name, job.key)
+                    result.figures.setdefault(job.arm, {})[job.seed] = read_figures(folder)
+                    result.minutes += seconds(folder) / 60
+                if done is not None:
+                    done(result)
+            except UserError as e:  # the other effects do not wait for this one
+                if len(slugs) == 1:
+                    raise
+                failed.append(e)
+                print(f"{result.slug}: {e}", flush=True)
+    if failed:
+        what = f"{len(failed)} of {len(slugs)} effects failed, the first: {failed[0].what}"
+        raise UserError(what, failed[0].where, "mend it; the same command goes on with what is left")
     return results
 
 
