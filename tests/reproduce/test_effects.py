@@ -100,7 +100,7 @@ def test_pages_keep_what_others_wrote(tiny, tmp_path):
     text = write_pages([result], docs, "normal", "mmllm reproduce filip").read_text()
     held = {f["name"]: f for f in json.loads((docs / "effects.json").read_text())["figures"]}
     assert held["filip"]["arms"].keys() == {"one", "two"} and held["filip"]["seeds"] == [0, 1]
-    assert "`filip`" in text and (docs / "effects.svg").read_text().startswith("<svg")
+    assert "`filip`" in text and "Not run yet" in text and (docs / "effects.svg").read_text().startswith("<svg")
     assert write_pages([result], docs, "quick", "x").name == "effects-quick.md"
     assert picture([]).endswith("</svg>\n")
 

@@ -84,6 +84,10 @@ def _page(figures: Sequence[Figure], size: str, stem: str) -> str:
     ]
     if size == "quick":
         lines += ["**Quick: two seeds and short runs. No verdict here counts.**", ""]
+    run = {f.name for f in figures}
+    missing = [f"`{c.slug}`" for c in cards() if c.module.startswith("mmllm.") and c.slug not in run]
+    if missing:
+        lines += [f"Not run yet ({len(missing)}): {', '.join(missing)}.", ""]
     lines += [
         f"{count['shown']} shown, {count['noise']} within noise, {count['opposite']} opposite.",
         "",
