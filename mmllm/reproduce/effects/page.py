@@ -76,10 +76,12 @@ def _page(figures: Sequence[Figure], size: str, stem: str) -> str:
     lines = [
         "# Does each method show its effect?",
         "",
-        f"Written by `mmllm reproduce --shelf 1{flag}` ({where['cpu']}, {where['cores']} cores). Each method runs"
-        " against a baseline through `mmllm align`, with the same budget and seeds; the configs in `configs/effects/`"
-        " were written before the runs. Difference: method minus baseline, mean over seeds with the 95 % interval of a"
-        " paired t. `shown`: the whole interval lies on the expected side of zero; `opposite`: on the other side.",
+        f"Written by `mmllm reproduce SLUG{flag}` for each method, or `mmllm reproduce --shelf 1{flag}` for all"
+        f" ({where['cpu']}, {where['cores']} cores). Each method runs against a baseline through `mmllm align`, with"
+        " the same budget and seeds. The configs in `configs/effects/` were fixed before these runs; earlier looks,"
+        " mostly at other seeds, and changes after them stand in the notes below. Difference: method minus baseline,"
+        " mean over seeds with the 95 % interval of a paired t, without correction for the number of methods. `shown`:"
+        " the whole interval lies on the expected side of zero; `opposite`: on the other side.",
         "",
     ]
     if size == "quick":
