@@ -58,7 +58,7 @@ def command(
     from mmllm.decode import Decoder
     from mmllm.model import load_model
 
-    decoder = Decoder(*load_model(run, None if dtype == "auto" else getattr(torch, dtype)))
+    decoder = Decoder(*load_model(run, None if dtype == "auto" else getattr(torch, dtype), "auto"))
     chat = Chat(decoder, spec, max_new_tokens, seed, out, history)
     for path in images:
         chat.show("image", path)

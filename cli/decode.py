@@ -88,5 +88,5 @@ def directions(run: Path, demos: Path, out: Path) -> None:
     from mmllm.decode import Decoder
     from mmllm.model import load_model
 
-    write_directions(out, text_directions(Decoder(*load_model(run)), pairs))
+    write_directions(out, text_directions(Decoder(*load_model(run, device="auto")), pairs))
     click.echo(f"{len(pairs)} demos; use --decode vti:vectors={out}")

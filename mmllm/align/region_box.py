@@ -63,7 +63,7 @@ class RegionBox(Objective):
         tokens, grid = stream.token_embedding, stream.grid
         assert tokens is not None and grid is not None and batch.boxes is not None
         words = batch.extras["vocabulary"]["embedding"].to(tokens)
-        owner, boxes = self.cells(batch, grid[1:], tokens.device)
+        owner, boxes = box_cells(batch, grid[1:], tokens.device)
         on_thing = owner >= 0
         if not on_thing.any():
             return {"loss": tokens.sum() * 0.0}
@@ -73,13 +73,14 @@ class RegionBox(Objective):
         error = (self.decode(logits) - truth).abs().mean()
         return {"loss": loss, "box_error": error.detach()}
 
-    def cells(self, batch: AlignBatch, grid: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-        """The box that each cell lies on: index [B, M] into boxes [N, 4], -1 for background."""
-        rows, boxes = [], []
-        assert batch.boxes is not None
-        for things in batch.boxes:
-            named = [{"xyxy": t["xyxy"], "text": str(i)} for i, t in enumerate(things)]
-            target = box_targets(named, grid, {str(i): i for i in range(len(things))})
-            rows.append(torch.where(target < len(things), target + len(boxes), -1))
-            boxes += [t["xyxy"] for t in things]
-        return torch.stack(rows).to(device), torch.tensor(boxes or [[0.0] * 4], device=device)
+
+def box_cells(batch: AlignBatch, grid: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The box that each grid cell lies on: index [B, M] into boxes [N, 4], -1 for background."""
+    rows, boxes = [], []
+    assert batch.boxes is not None
+    for things in batch.boxes:
+        named = [{"xyxy": t["xyxy"], "text": str(i)} for i, t in enumerate(things)]
+        target = box_targets(named, grid, {str(i): i for i in range(len(things))})
+        rows.append(torch.where(target < len(things), target + len(boxes), -1))
+        boxes += [t["xyxy"] for t in things]
+    return torch.stack(rows).to(device), torch.tensor(boxes or [[0.0] * 4], device=device)

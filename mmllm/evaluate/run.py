@@ -263,5 +263,5 @@ def load_decoder(model_path: str | Path | None) -> Any:
 
     if model_path is None:
         raise UserError("these tasks need a model", "--model", "give --model RUN")
-    model, processor = load_model(str(model_path))
+    model, processor = load_model(str(model_path), device="auto")
     return Decoder(model.eval(), processor)

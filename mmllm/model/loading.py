@@ -200,13 +200,14 @@ def end_of_answer(processor: MMLLMProcessor) -> int | None:
 
 
 def load_model(
-    path: str | Path, dtype: torch.dtype | str | None = None
+    path: str | Path, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
 ) -> tuple[MMLLMForConditionalGeneration, MMLLMProcessor]:
     """Loads a trained model and its processor.
 
     Args:
         path: a run folder of pretrain or tune (its ``final/`` is taken), a model folder, or a hub id.
         dtype: of the LLM; None keeps the saved one, except that bfloat16 becomes float32 on machines where it is slow.
+        device: where the model is put; ``auto`` is the first GPU where there is one, else the CPU.
 
     Raises:
         UserError: a run of another stage, an unfinished run, or a folder that holds no mmllm model.
@@ -219,7 +220,9 @@ def load_model(
         processor = MMLLMProcessor.from_pretrained(folder)
     except OSError as e:
         raise UserError(f"cannot load the model ({str(e).splitlines()[0]})", path) from None
-    return model.eval(), processor
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.eval().to(device), processor
 
 
 def _model_folder(path: str | Path) -> str:

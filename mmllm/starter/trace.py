@@ -25,7 +25,7 @@ def trace_run(
     from mmllm.model import load_model
     from mmllm.starter.chat import Chat
 
-    chat = Chat(Decoder(*load_model(run)), spec, max_new_tokens, seed)
+    chat = Chat(Decoder(*load_model(run, device="auto")), spec, max_new_tokens, seed)
     for path in images:
         chat.show("image", path)
     for path in sounds:

@@ -65,7 +65,8 @@ def make_objectives(config: AlignConfig, phase: PhaseConfig, model: AlignModel) 
         UserError: unknown objective or option.
     """
     import mmllm.align.objectives
-    import mmllm.align.region_box  # noqa: F401  (both register the core objectives)
+    import mmllm.align.region_box
+    import mmllm.align.region_side  # noqa: F401  (all register the core objectives)
     from mmllm.align.step import Term
     from mmllm.registry import get, make
 
@@ -73,12 +74,13 @@ def make_objectives(config: AlignConfig, phase: PhaseConfig, model: AlignModel) 
     for spec in phase.objectives:
         cls = get("objective", spec.type, f"phase '{phase.name}'")
         options = dict(spec.options)
-        dim = inspect.signature(cls).parameters.get("dim")
-        if dim is not None and dim.default is inspect.Parameter.empty and "dim" not in options:
-            if config.words is None:
-                do = "name the stream of the LLM's word embeddings"
-                raise UserError(f"objective '{spec.type}' needs 'words'", f"phase '{phase.name}'", do)
-            options["dim"] = model.tower(config.words).hidden_size
+        for key in ("dim", "words"):  # of the LLM's word embeddings
+            wanted = inspect.signature(cls).parameters.get(key)
+            if wanted is not None and wanted.default is inspect.Parameter.empty and key not in options:
+                if config.words is None:
+                    do = "name the stream of the LLM's word embeddings"
+                    raise UserError(f"objective '{spec.type}' needs 'words'", f"phase '{phase.name}'", do)
+                options[key] = config.words if key == "words" else model.tower(config.words).hidden_size
         made.append(make("objective", {"type": spec.type, **options}, f"phase '{phase.name}'"))
         name = f"{spec.type}:{':'.join(options['pair'])}" if "pair" in options else spec.type
         name = f"{name}:{options['stream']}" if "stream" in options else name
