@@ -7,18 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmllm.align.objectives import box_targets
+from mmllm.blocks.box_code import COORDINATES, box_code
 from mmllm.contracts import AlignBatch, Objective
 from mmllm.registry import register
-
-COORDINATES = 4
-
-
-def box_code(dim: int, bins: int, seed: int = 0) -> Tensor:
-    """[4, bins, dim] orthonormal directions: one per coordinate (x0, y0, x1, y1) and bin."""
-    generator = torch.Generator().manual_seed(seed)
-    basis, _ = torch.linalg.qr(torch.randn(dim, COORDINATES * bins, generator=generator))
-    return basis.T.reshape(COORDINATES, bins, dim).contiguous()
-
 
 def soft_bins(values: Tensor, bins: int) -> Tensor:
     """Coordinates in 0..1, any shape -> [..., bins]: weight shared linearly between the two nearest bin centres."""

@@ -17,6 +17,7 @@ from transformers.processing_utils import ProcessorMixin
 from mmllm.connectors import build_connector
 from mmllm.data.conversations import media_of
 from mmllm.errors import UserError
+from mmllm.model.box_tokens import snap_boxes
 from mmllm.model.chat_template import AUDIO_TOKEN, IMAGE_TOKEN, safe_messages, template_for
 from mmllm.towers import MMLLMAudioFeatureExtractor, MMLLMImageProcessor, audio_inputs, build_tower, image_inputs
 
@@ -31,6 +32,7 @@ class MMLLMProcessor(ProcessorMixin):
         image_seq_length: LLM tokens of one picture.
         audio_tower, audio_connector: their configs, from which the number of tokens of a sound is worked out.
         media_in_place: False where a medium takes one placeholder token and reaches the LLM through an injector.
+        box_bins: bins of a coordinate where the LLM has box tokens, see ``mmllm.model.box_tokens``.
     """
 
     model_input_names = [  # type: ignore[assignment]
@@ -47,8 +49,9 @@ class MMLLMProcessor(ProcessorMixin):
         audio_tower: dict[str, Any] | None = None,
         audio_connector: dict[str, Any] | None = None,
         media_in_place: bool = True,
+        box_bins: int | None = None,
     ):
-        self.media_in_place = media_in_place
+        self.media_in_place, self.box_bins = media_in_place, box_bins
         self.image_seq_length, self.audio_tower, self.audio_connector = image_seq_length, audio_tower, audio_connector
         self.image_token, self.audio_token = IMAGE_TOKEN, AUDIO_TOKEN
         self.image_token_id: Any = None
@@ -135,12 +138,13 @@ class MMLLMProcessor(ProcessorMixin):
 
     def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
         """The conversation as one string with one mark for each picture and sound."""
-        return self.tokenizer.apply_chat_template(
+        text = self.tokenizer.apply_chat_template(
             safe_messages(messages),
             chat_template=self.chat_template,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
         )
+        return snap_boxes(text, self.box_bins) if self.box_bins else text
 
     # ---- media --------------------------------------------------------------------------------------------------
 

@@ -111,6 +111,8 @@ class TuneConfig(StrictModel):
         pack: tokens of a packed row: several conversations share one, each computed as if alone, without padding;
             ``per_device_train_batch_size`` counts these rows. auto: 2,048 on a GPU, 1,024 on a CPU. None: no packing.
         length_normalization: a token of an answer of n tokens weighs n^-this in the loss; 0: tokens alike, 1: answers.
+        box_tokens: bins of a coordinate: boxes in text become two tokens each, one for each corner, instead of some
+            twenty; with the ``bins`` of align's objective ``region_box``, the LLM can copy a box that it sees.
         dtype: of the LLM; auto takes bfloat16 where this machine is faster with it (measured), else float32.
         injector: layers inside the LLM through which media reach it, neutral at the start: ``{type:
             gated_cross_attention, every: 4}`` (Flamingo); see ``GatedInjector``.
@@ -135,6 +137,7 @@ class TuneConfig(StrictModel):
     limit: int | None = Field(default=None, ge=1)
     copies: int = Field(default=0, ge=0)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    box_tokens: int | None = Field(default=None, ge=2)
     injector: dict[str, Any] | None = None
     replay: ReplaySection | None = None
     kl_to_base: float = Field(default=0.0, ge=0)

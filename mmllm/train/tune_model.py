@@ -17,6 +17,7 @@ from mmllm.data.models import resolve_model
 from mmllm.data.packing import PackedBatches
 from mmllm.errors import UserError
 from mmllm.model import MMLLMForConditionalGeneration, MMLLMProcessor, build_model, import_llava, load_model
+from mmllm.model.box_tokens import add_box_tokens
 from mmllm.model.llava import is_llava
 from mmllm.model.loading import add_injector
 from mmllm.model.packing import allow_packing
@@ -51,6 +52,8 @@ def make_model(config: TuneConfig, dtype: torch.dtype) -> tuple[MMLLMForConditio
                 raise UserError("a trained connector can't be changed", f"{name}.connector", "start from the align run")
         if config.injector:
             add_injector(model, processor, config.injector)
+        if config.box_tokens:
+            add_box_tokens(model, processor, config.box_tokens)
         return model, processor
     if aligned and is_run:
         final_folder(init, ["align"])  # type: ignore[arg-type]  (says so when it has not finished)
@@ -61,7 +64,10 @@ def make_model(config: TuneConfig, dtype: torch.dtype) -> tuple[MMLLMForConditio
     if not any(towers.values()):
         raise UserError("no tower", "config", "give init, or vision.tower or audio.tower")
     llm = resolve_model(_llm(config, init))
-    return build_model(llm, towers["vision"], towers["audio"], connectors, dtype, config.injector)
+    model, processor = build_model(llm, towers["vision"], towers["audio"], connectors, dtype, config.injector)
+    if config.box_tokens:
+        add_box_tokens(model, processor, config.box_tokens)
+    return model, processor
 
 
 def _llm(config: TuneConfig, init: Path | None) -> str:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mmllm.align.region_box import RegionBox, box_code, soft_bins
+from mmllm.align.region_box import RegionBox, soft_bins
+from mmllm.blocks.box_code import box_code
 from mmllm.contracts import AlignBatch, Features, Stream
 
 
