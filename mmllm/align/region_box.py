@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmllm.align.objectives import box_targets
-from mmllm.blocks.box_code import COORDINATES, box_code
+from mmllm.blocks.box_code import box_code
 from mmllm.contracts import AlignBatch, Objective
 from mmllm.registry import register
+
 
 def soft_bins(values: Tensor, bins: int) -> Tensor:
     """Coordinates in 0..1, any shape -> [..., bins]: weight shared linearly between the two nearest bin centres."""

@@ -18,8 +18,8 @@ AXES = (("left", "right"), ("top", "bottom"))
 class RegionSide(Objective):
     """Moves each token that lies on a thing along the lines from "left" to "right" and from "top" to "bottom".
 
-    What a token says about its thing's name stays (the lines are two directions of many); where the thing lies becomes a
-    word that the LLM can copy into an answer. Needs a connector with positions.
+    What a token says about its thing's name stays (the lines are two directions of many); where the thing lies becomes
+    a word that the LLM can copy into an answer. Needs a connector with positions.
 
     Args:
         stream: whose ``token_embedding`` is aligned.

@@ -1,4 +1,4 @@
-"""The fixed directions in which a box is written into a vector: the same for visual tokens and for an LLM's box tokens."""
+"""The fixed directions in which a box is written into a vector: visual tokens and an LLM's box tokens share them."""
 
 from __future__ import annotations
 

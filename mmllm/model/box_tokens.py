@@ -42,8 +42,8 @@ def corner_tokens(bins: int) -> list[str]:
 
 
 def add_box_tokens(model: Any, processor: Any, bins: int) -> None:
-    """Gives tokenizer and LLM the box tokens. Each is embedded as its two coordinates in the code in which the objective
-    ``region_box`` writes boxes into visual tokens, as long as a word is: a box that was seen can be copied.
+    """Gives tokenizer and LLM the box tokens. Each is embedded as its two coordinates in the code in which the
+    objective ``region_box`` writes boxes into visual tokens, as long as a word is: a box that was seen can be copied.
 
     Raises:
         UserError: the model has box tokens, or its embeddings are too narrow for the code.
@@ -67,7 +67,7 @@ def add_box_tokens(model: Any, processor: Any, bins: int) -> None:
     rows = centre + length * torch.cat(corners).to(centre)
     ids = processor.tokenizer.convert_tokens_to_ids(names)
     with torch.no_grad():
-        for table in {id(t): t for t in (llm.get_input_embeddings().weight, llm.get_output_embeddings().weight)}.values():
-            table[ids] = rows.to(table)
+        for part in (llm.get_input_embeddings(), llm.get_output_embeddings()):  # one table where they are tied
+            part.weight[ids] = rows.to(part.weight)
     model.config.text_config.vocab_size = llm.config.vocab_size
     processor.box_bins = bins
