@@ -10,12 +10,13 @@ from typing import Any
 from mmllm.data.blob import Blob
 from mmllm.data.captions import captions_of
 from mmllm.data.columns import FIELDS
+from mmllm.data.interleaved import DOCUMENT
 from mmllm.data.media import load_audio, open_image
 from mmllm.data.open import DataSpec, located_records
 from mmllm.data.records import MEDIA_FIELDS, Located
 from mmllm.errors import UserError, unknown
 
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "user", "assistant", "tool", DOCUMENT)
 
 
 @dataclass
@@ -127,7 +128,8 @@ def check_record(
         threads = [record["messages"], *record.get("branches", [])]
         for thread in threads:
             yield from _messages(thread, media)
-        if not any(isinstance(m, dict) and m.get("role") == "assistant" for t in threads for m in _listed(t)):
+        answers = ("assistant", DOCUMENT)
+        if not any(isinstance(m, dict) and m.get("role") in answers for t in threads for m in _listed(t)):
             yield "no answer in it (no message of role assistant)"
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmllm.data.interleaved import from_interleaved, interleaved_fields
 from mmllm.errors import UserError
 
 MEDIA_FIELDS = ("image", "audio", "video")
@@ -103,9 +104,14 @@ def finish_record(raw: dict[str, Any], file: str, place: int | str) -> dict[str,
     """The record with an id, in our form of conversation, with media paths absolute against the file's folder.
 
     Raises:
-        UserError: see ``from_conversations``.
+        UserError: see ``from_conversations`` and ``from_interleaved``.
     """
-    record = from_conversations(raw, f"{file}:{place}") if "conversations" in raw else dict(raw)
+    if "conversations" in raw:
+        record = from_conversations(raw, f"{file}:{place}")
+    elif "messages" not in raw and interleaved_fields(raw):
+        record = from_interleaved(raw, f"{file}:{place}")
+    else:
+        record = dict(raw)
     path = Path(file)
     if record.get("id") is None:
         record["id"] = f"{path.stem}-{place}"

@@ -15,9 +15,10 @@ from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 from transformers.processing_utils import ProcessorMixin
 
 from mmllm.connectors import build_connector
+from mmllm.data.blob import Blob
 from mmllm.data.conversations import media_of
 from mmllm.errors import UserError
-from mmllm.model.chat_template import AUDIO_TOKEN, IMAGE_TOKEN, safe_messages, template_for
+from mmllm.model.chat_template import AUDIO_TOKEN, IMAGE_TOKEN, placeholder_safe, safe_messages, template_for
 from mmllm.towers import MMLLMAudioFeatureExtractor, MMLLMImageProcessor, audio_inputs, build_tower, image_inputs
 
 # transformers finds its own preprocessors by name; ours are found here.
@@ -112,6 +113,10 @@ class MMLLMProcessor(ProcessorMixin):
     def text_ids(self, text: str) -> list[int]:
         """Token ids of a rendered piece, no special tokens added, one id for each placeholder mark."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def plain_ids(self, text: str) -> list[int]:
+        """Token ids of a text in which placeholder marks are only text."""
+        return self.text_ids(placeholder_safe(text))
 
     def expand(self, ids: Sequence[int], image_tokens: Sequence[int], audio_tokens: Sequence[int]) -> list[int]:
         """Repeats each placeholder id as often as its picture or sound has tokens, in order.
@@ -251,15 +256,15 @@ class MMLLMProcessor(ProcessorMixin):
         return out if return_dict else out["input_ids"]
 
     def load_image(self, source: Any) -> Any:
-        """A path or data URI as a PIL picture; a picture as it is."""
+        """A path, data URI, blob or encoded bytes as a PIL picture; a picture as it is."""
         from mmllm.data.media import load_image
 
         if isinstance(source, str) and source.startswith("data:"):
             return load_image(io.BytesIO(_data_uri(source)))
-        return load_image(source) if isinstance(source, str) or hasattr(source, "__fspath__") else source
+        return load_image(source) if _is_file(source) else source
 
     def load_audio(self, source: Any) -> np.ndarray:
-        """A path or data URI as a wave at the extractor's rate; a wave as it is."""
+        """A path, data URI, blob or encoded bytes as a wave at the extractor's rate; a wave as it is."""
         from mmllm.data.media import load_audio
 
         rate = getattr(self.feature_extractor, "sampling_rate", 16000)
@@ -268,7 +273,7 @@ class MMLLMProcessor(ProcessorMixin):
                 file.write(_data_uri(source))
                 file.flush()
                 return load_audio(file.name, rate)
-        if isinstance(source, str) or hasattr(source, "__fspath__"):
+        if _is_file(source):
             return load_audio(source, rate)
         return np.asarray(source, dtype=np.float32)
 
@@ -284,6 +289,10 @@ def _flat_list(media: Any) -> list[Any]:
     if not isinstance(media, (list, tuple)):
         return [media]
     return [m for item in media for m in (item if isinstance(item, (list, tuple)) else [item])]
+
+
+def _is_file(source: Any) -> bool:
+    return isinstance(source, str | bytes | Blob) or hasattr(source, "__fspath__")
 
 
 def _data_uri(uri: str) -> bytes:
