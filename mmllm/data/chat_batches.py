@@ -19,6 +19,7 @@ from mmllm.data.conversations import (
     media_of,
     tokenise_conversation,
 )
+from mmllm.data.mixtures import Mixture
 
 POOL = 16  # batches whose rows are sorted by length together
 
@@ -47,7 +48,7 @@ def rough_length(record: dict[str, Any], image_tokens: int, branches: int | None
 
 
 class ChatBatches:
-    """Batches by number. Every record comes once an epoch, in another order and with other branches each time.
+    """Batches by number. Every record comes once an epoch (or as its mixture has it), in another order and with other branches each time.
 
     Args:
         media_inputs: media of a batch in order -> model inputs (cached tower tokens or tensors).
@@ -55,6 +56,8 @@ class ChatBatches:
         branches_per_row: at most so many branches a row, drawn anew each time; None takes all.
         max_length: longest row in tokens.
         length_normalization: see ``answer_weights``; 0 gives batches without weights.
+        mixture: which records an epoch has; None: each once.
+        tokenised: records that are so already, by their numbers.
     """
 
     def __init__(
@@ -68,6 +71,8 @@ class ChatBatches:
         branches_per_row: int | None = None,
         max_length: int | None = None,
         length_normalization: float = 0.0,
+        mixture: Mixture | None = None,
+        tokenised: dict[int, Conversation] | None = None,
     ):
         self.records, self.processor = records, processor
         self.media_inputs, self.audio_tokens = media_inputs, audio_tokens
@@ -76,7 +81,8 @@ class ChatBatches:
         self.length_normalization = length_normalization
         lengths = [rough_length(r, processor.image_seq_length, branches_per_row) for r in records]
         self.lengths = np.asarray(lengths)
-        self._tokenised: dict[int, Conversation] = {}  # each record is rendered and tokenised once
+        self.mixture = mixture
+        self._tokenised = dict(tokenised or {})  # each record is rendered and tokenised once
         self._orders: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
 
@@ -85,7 +91,7 @@ class ChatBatches:
         with self._lock:
             if epoch not in self._orders:
                 rng = np.random.default_rng((self.seed, epoch))
-                mixed = rng.permutation(len(self.records))
+                mixed = rng.permutation(len(self.records)) if self.mixture is None else self.mixture.epoch(epoch)
                 size = self.batch_size
                 pools = [mixed[i : i + POOL * size] for i in range(0, len(mixed) // size * size, POOL * size)]
                 batches = [

@@ -83,6 +83,8 @@ def to_record(row: dict[str, Any], columns: Columns | None = None) -> dict[str, 
         raise UserError(f"meta must be a mapping, not {meta!r:.40}")
     rest: dict[str, Any] = {}
     kept = {*FIELDS, *interleaved_fields(row)}
+    if "messages" in row or "conversations" in row:
+        kept |= {f"{field}s" for field in MEDIA_FIELDS}
     for name, value in row.items():
         if name in used or name in columns or _empty(value):
             continue

@@ -116,9 +116,17 @@ class PackedBatches(ChatBatches):
 
     # ---- the plan ----
 
+    def _order(self, epoch: int) -> np.ndarray:
+        """The records of an epoch in the order in which they are planned; the last one is kept."""
+        if epoch not in self._orders:
+            plain = np.random.default_rng((self.seed, epoch))
+            drawn = plain.permutation(len(self.records)) if self.mixture is None else self.mixture.epoch(epoch)
+            self._orders = {epoch: drawn}
+        return self._orders[epoch]
+
     def _plan_pool(self) -> None:
         epoch, at = self._next
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.records))
+        order = self._order(epoch)
         last = at + POOL >= len(order)
         documents = [*self._waiting, *((epoch, int(i)) for i in order[at : at + POOL])]
         lengths = [self.length(e, i) for e, i in documents]

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmllm.data.chat_media_forms import MEDIA_FIELDS, PLACEHOLDER, with_media_parts
 from mmllm.data.interleaved import from_interleaved, interleaved_fields
 from mmllm.errors import UserError
 
-MEDIA_FIELDS = ("image", "audio", "video")
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
-PLACEHOLDER = re.compile(r"\s*<(image|audio|video)>\s*")
 
 
 @dataclass
@@ -104,14 +102,14 @@ def finish_record(raw: dict[str, Any], file: str, place: int | str) -> dict[str,
     """The record with an id, in our form of conversation, with media paths absolute against the file's folder.
 
     Raises:
-        UserError: see ``from_conversations`` and ``from_interleaved``.
+        UserError: see ``from_conversations``, ``from_interleaved`` and ``with_media_parts``.
     """
     if "conversations" in raw:
         record = from_conversations(raw, f"{file}:{place}")
     elif "messages" not in raw and interleaved_fields(raw):
         record = from_interleaved(raw, f"{file}:{place}")
     else:
-        record = dict(raw)
+        record = with_media_parts(raw, f"{file}:{place}") if "messages" in raw else dict(raw)
     path = Path(file)
     if record.get("id") is None:
         record["id"] = f"{path.stem}-{place}"

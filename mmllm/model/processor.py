@@ -260,7 +260,7 @@ class MMLLMProcessor(ProcessorMixin):
         from mmllm.data.media import load_image
 
         if isinstance(source, str) and source.startswith("data:"):
-            return load_image(io.BytesIO(_data_uri(source)))
+            return load_image(io.BytesIO(data_uri(source)))
         return load_image(source) if _is_file(source) else source
 
     def load_audio(self, source: Any) -> np.ndarray:
@@ -270,7 +270,7 @@ class MMLLMProcessor(ProcessorMixin):
         rate = getattr(self.feature_extractor, "sampling_rate", 16000)
         if isinstance(source, str) and source.startswith("data:"):
             with tempfile.NamedTemporaryFile(suffix=".sound") as file:
-                file.write(_data_uri(source))
+                file.write(data_uri(source))
                 file.flush()
                 return load_audio(file.name, rate)
         if _is_file(source):
@@ -295,7 +295,12 @@ def _is_file(source: Any) -> bool:
     return isinstance(source, str | bytes | Blob) or hasattr(source, "__fspath__")
 
 
-def _data_uri(uri: str) -> bytes:
+def data_uri(uri: str) -> bytes:
+    """The bytes of ``data:TYPE;base64,...``.
+
+    Raises:
+        UserError: it is not of that form.
+    """
     try:
         return base64.b64decode(uri.split(",", 1)[1], validate=True)
     except (IndexError, ValueError):

@@ -13,6 +13,7 @@ from mmllm.align.folder import final_align, load_connector
 from mmllm.connectors import build_connector
 from mmllm.contracts import Connector, Tower
 from mmllm.data.chat_batches import ChatBatches
+from mmllm.data.conversations import Conversation
 from mmllm.data.models import resolve_model
 from mmllm.data.packing import PackedBatches
 from mmllm.errors import UserError
@@ -22,6 +23,7 @@ from mmllm.model.loading import add_injector
 from mmllm.model.packing import allow_packing
 from mmllm.towers import load_tower
 from mmllm.towers.training import merged
+from mmllm.train.chat_data import ChatData
 from mmllm.train.run import final_folder, read_info
 from mmllm.train.tune import ModalitySection, TuneConfig
 
@@ -141,24 +143,32 @@ def fast_attention(model: MMLLMForConditionalGeneration, config: TuneConfig) -> 
 
 
 def make_batches(
-    config: TuneConfig, records: list[dict[str, Any]], processor: MMLLMProcessor, media: Any
+    config: TuneConfig,
+    data: ChatData,
+    processor: MMLLMProcessor,
+    media: Any,
+    tokenised: dict[int, Conversation] | None = None,
 ) -> tuple[ChatBatches, int]:
     """The batches of a run, and how many items (conversations, or packed rows) an epoch has.
+
+    Args:
+        tokenised: records that are so already, by their numbers.
 
     Raises:
         UserError: packed rows that are shorter than the longest conversation may be.
     """
-    args = (records, processor, media.inputs, media.audio_tokens, config.train.per_device_train_batch_size)
+    args = (data.records, processor, media.inputs, media.audio_tokens, config.train.per_device_train_batch_size)
     options = (config.train.seed, config.branches_per_row, config.max_length, config.length_normalization)
+    more: dict[str, Any] = {"mixture": data.mixture(config.train.seed), "tokenised": tokenised}
     if config.pack is None:
-        return ChatBatches(*args, *options), len(records)
+        return ChatBatches(*args, *options, **more), len(data)
     length = (2048 if torch.cuda.is_available() else 1024) if config.pack == "auto" else config.pack
     if length < config.max_length:
         what = f"packed rows of {length} tokens can't hold a conversation of max_length {config.max_length}"
         raise UserError(what, "pack", "raise pack or lower max_length")
-    batches = PackedBatches(*args, *options, row_length=length)
+    batches = PackedBatches(*args, *options, **more, row_length=length)
     epochs_count = config.train.max_steps is None  # then the whole first epoch is planned now
-    return batches, batches.rows_an_epoch() if epochs_count else len(records)
+    return batches, batches.rows_an_epoch() if epochs_count else len(data)
 
 
 def save_final(model: MMLLMForConditionalGeneration, processor: MMLLMProcessor, folder: Path) -> None:
