@@ -48,7 +48,7 @@ def rough_length(record: dict[str, Any], image_tokens: int, branches: int | None
 
 
 class ChatBatches:
-    """Batches by number. Every record comes once an epoch (or as its mixture has it), in another order and with other branches each time.
+    """Batches by number. Every record comes once an epoch, in another order and with other branches each time.
 
     Args:
         media_inputs: media of a batch in order -> model inputs (cached tower tokens or tensors).

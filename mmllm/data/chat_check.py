@@ -15,8 +15,8 @@ from mmllm.errors import UserError
 def conversation_problem(record: dict[str, Any]) -> str | None:
     """The first problem of a record with ``messages``, None when there is none.
 
-    Unknown roles and kinds of parts, no answer, empty texts, media that are no file here, boxes out of range, a document
-    among other turns.
+    Unknown roles and kinds of parts, no answer, empty texts, media that are no file here, boxes out of range, a
+    document among other turns.
     """
     threads = [record["messages"], *(record.get("branches") or [])]
     for thread in threads:

@@ -16,9 +16,9 @@ SPELLINGS = {"image_url": "image", "input_audio": "audio", "audio_url": "audio",
 def with_media_parts(record: dict[str, Any], where: object = None) -> dict[str, Any]:
     """A record with ``messages`` whose media are parts ``{"type": "image", "path": ...}`` of its messages.
 
-    OpenAI's ``image_url`` and ``input_audio``, and transformers' ``image`` and ``url``, become ``path``. Media in fields
-    of their own (``images``, ``image``, ...) take the places that the messages leave for them: parts that name no file,
-    or ``<image>`` marks in strings. Without any place they come first, as in LLaVA's data.
+    OpenAI's ``image_url`` and ``input_audio``, and transformers' ``image`` and ``url``, become ``path``. Media in
+    fields of their own (``images``, ``image``, ...) take the places that the messages leave for them: parts that name
+    no file, or ``<image>`` marks in strings. Without any place they come first, as in LLaVA's data.
 
     Raises:
         UserError: places and media differ in number.

@@ -53,7 +53,10 @@ def grown_ends(
 
 
 def chosen_parts(
-    prefix: int, ends: Sequence[Sequence[int]] | Mapping[int, Sequence[int]], order: Sequence[int], max_length: int | None
+    prefix: int,
+    ends: Sequence[Sequence[int]] | Mapping[int, Sequence[int]],
+    order: Sequence[int],
+    max_length: int | None,
 ) -> list[tuple[int, int]]:
     """(branch, length kept) of what a row holds after a prefix of so many tokens.
 

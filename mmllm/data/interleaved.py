@@ -25,7 +25,8 @@ def from_interleaved(record: dict[str, Any], where: object = None) -> dict[str, 
     """A row in either layout -> ``{"id", "messages": [{"role": "document", "content": [...]}], "meta"?}``.
 
     MMC4: ``text_list``, and ``image_info`` whose entries name a file (``image_name``, ``path`` or ``image``) and the
-    sentence that they were matched to (``matched_text_index``); a picture stands before its sentence (arXiv 2304.06939).
+    sentence that they were matched to (``matched_text_index``); a picture stands before its sentence (arXiv
+    2304.06939).
     OBELICS: ``images`` and ``texts``, equally long, of which one is None wherever the other is not (arXiv 2306.16527).
 
     Raises:

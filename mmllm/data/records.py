@@ -22,12 +22,14 @@ class Located:
     Attributes:
         file: the file that the record stands in.
         place: its line, or its name inside a shard.
+        id: of what is no record, where it has one.
     """
 
     file: str
     place: int | str
     record: dict[str, Any] | None = None
     problem: str | None = None
+    id: str | None = None
 
     @property
     def where(self) -> str:

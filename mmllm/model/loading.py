@@ -151,7 +151,13 @@ def turn_tokens(processor: MMLLMProcessor) -> list[int]:
 
 def _connector(tower: Tower, wanted: Connector | dict[str, Any] | None, width: int) -> Connector:
     if isinstance(wanted, Connector):
-        out = wanted.to_config().get("out_dim", width)
+        held = wanted.to_config()
+        out, taken = held.get("out_dim", width), held.get("in_dim", tower.hidden_size)
+        if taken != tower.hidden_size:
+            raise UserError(
+                f"the connector takes {taken} numbers a token, the tower gives {tower.hidden_size}",
+                do="use the tower that it was aligned with",
+            )
         if out != width:
             raise UserError(
                 f"the connector gives {out} numbers a token, the LLM takes {width}",
@@ -162,7 +168,11 @@ def _connector(tower: Tower, wanted: Connector | dict[str, Any] | None, width: i
     config: dict[str, Any] = dict(wanted or {"type": "grid_mlp" if grid is not None else "mlp"})
     if config.get("positions") and not config.get("grid") and grid is not None:
         config["grid"] = list(grid[1:])
-    return build_connector({**config, "in_dim": tower.hidden_size, "out_dim": width})
+    for key, needed, whose in (("in_dim", tower.hidden_size, "tower gives"), ("out_dim", width, "LLM takes")):
+        if config.setdefault(key, needed) != needed:
+            what = f"{key} is {config[key]}, the {whose} {needed} numbers a token"
+            raise UserError(what, "connector", f"leave {key} out")
+    return build_connector(config)
 
 
 def _grow_embeddings(model: Any, tokens: int) -> None:

@@ -121,12 +121,15 @@ class MediaParts:
         """True where a connector sees the words around a medium, so that questions can't share its tokens."""
         return any(c is not None and c.takes_text for c in (self.vision_connector, self.audio_connector))
 
-    def unused_connectors(self, *media: Tensor | None) -> Tensor | float:
+    def unused_connectors(self, *media: Tensor | None, idle: bool = False) -> Tensor | float:
         """With several processes: zero, from the parameters of a connector whose modality this batch lacks.
 
         Otherwise a process without a picture would give no gradient where the others wait for one.
+
+        Args:
+            idle: also with one process; for a batch of text alone, of which nothing that trains has a part.
         """
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if not idle and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return 0.0
         pictures, sounds = any(m is not None for m in media[:2]), any(m is not None for m in media[2:])
         parts = [(self.vision_connector, pictures), (self.audio_connector, sounds)]

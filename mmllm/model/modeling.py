@@ -178,7 +178,8 @@ class MMLLMForConditionalGeneration(MediaParts, PreTrainedModel, GenerationMixin
             out = self.language_model(**run, logits_to_keep=1)
             loss = loss + out.logits.float().sum() * 0
         after_injection(self, media, out)
-        loss = loss + self.unused_connectors(image_tower_tokens, pixel_values, audio_tower_tokens, input_features)
+        held = (image_tower_tokens, pixel_values, audio_tower_tokens, input_features)
+        loss = loss + self.unused_connectors(*held, idle=torch.is_grad_enabled() and not loss.requires_grad)
         return CausalLMOutputWithPast(loss=loss, hidden_states=out.hidden_states, attentions=out.attentions)
 
     def _answer_loss(

@@ -71,8 +71,11 @@ class ChatData:
             rejected.check(name)
         if not good:
             raise UserError("no record is left to train on", ", ".join(self.names))
-        records, where, source = ([held[n] for n in good] for held in (self.records, self.where, self.source))
-        return ChatData(records, where, source, self.names, self.weights)
+        return self._at(good)
+
+    def _at(self, rows: Sequence[int]) -> ChatData:
+        records, where = [self.records[n] for n in rows], [self.where[n] for n in rows]
+        return ChatData(records, where, [self.source[n] for n in rows], self.names, self.weights)
 
     def mixture(self, seed: int) -> Mixture | None:
         """Which records each epoch has; None: all of them, once."""
@@ -85,9 +88,7 @@ class ChatData:
     def only(self, records: Sequence[dict[str, Any]]) -> ChatData:
         """Records of these in another order, some of them several times."""
         at = {id(record): n for n, record in enumerate(self.records)}
-        rows = sorted((at[id(record)] for record in records), key=self.source.__getitem__)
-        picked = ([held[n] for n in rows] for held in (self.records, self.where, self.source))
-        return ChatData(*picked, self.names)
+        return self._at(sorted((at[id(record)] for record in records), key=self.source.__getitem__))
 
     def joined(self, other: ChatData, share: float) -> ChatData:
         """Both; where these are weighted, the other ones together get ``share`` of each epoch."""
@@ -141,14 +142,15 @@ def _items(spec: ChatSource, folder: Path) -> Iterator[Located]:
 def _screen(items: Sequence[Located], number: int, out: ChatData, rejected: Rejected) -> None:
     """Adds the good records of one source to ``out``."""
     from mmllm.data.chat_check import conversation_problem
-    from mmllm.data.check import box_problems
     from mmllm.data.chat_forms import to_conversation
+    from mmllm.data.check import box_problems
 
     name = out.names[number]
     for item in items:
-        where, problem, record = item.where, item.problem, item.record
+        problem, record = item.problem, item.record
+        name_of = item.id if record is None else record.get("id")
+        where = item.where if name_of is None else f"{item.where} (id '{name_of}')"
         if record is not None:
-            where = f"{item.where} (id '{record.get('id')}')"
             try:
                 problem = next(box_problems(record.get("boxes")), None)
                 record = record if problem else to_conversation(record)

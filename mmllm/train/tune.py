@@ -106,6 +106,8 @@ class TuneConfig(StrictModel):
         init: run that this one starts from: of align (gives towers and connectors), pretrain or tune (the model); or a
             model folder, ours or a LLaVA of transformers. None: from ``llm``, ``vision.tower`` and ``audio.tower``.
         llm: folder, hub id or ``starter:NAME``; None takes the one that the align run aimed at.
+        chat_template: of an LLM that has none, or in place of its own: ``plain`` (User: and Assistant: lines) or a
+            Jinja file.
         dataset: ``starter:full``, ``starter:fast`` or a folder; ``data`` are records files in it, each a path or a
             mapping (see ``ChatSource``) that may give its ``weight``, the source's share of each epoch.
         max_rejected: the largest share of a source's records that may be left out as bad.
@@ -127,6 +129,7 @@ class TuneConfig(StrictModel):
 
     init: str | None = None
     llm: str | None = None
+    chat_template: str | None = None
     vision: ModalitySection = Field(default_factory=ModalitySection)
     audio: ModalitySection = Field(default_factory=ModalitySection)
     dataset: str = "."
@@ -203,7 +206,7 @@ def train_and_save(stage: str, config: TuneConfig, run: Any, folder: Path) -> No
     from mmllm.train.perplexity import Kept, figures, read_texts, told
     from mmllm.train.token_count import TokenCount
     from mmllm.train.trainer import MMTrainer
-    from mmllm.train.tune_model import fast_attention, make_batches, make_model, save_final
+    from mmllm.train.tune_model import check_template, fast_attention, make_batches, make_model, save_final
     from mmllm.train.tune_parts import adapt, keeping_hooks, tune_memory
     from mmllm.train.tune_rows import fitting
 
@@ -217,11 +220,13 @@ def train_and_save(stage: str, config: TuneConfig, run: Any, folder: Path) -> No
     texts = read_texts(str(config.perplexity), folder) if trains else None
     dtype = choose_dtype(config, run)
     model, processor = make_model(config, dtype)
+    check_template(config, data, processor)
     fast_attention(model, config)
     groups = adapt(model, config)
     media = ChatMedia(model, processor, data.records, config)
     data, tokenised = fitting(data, processor, media, config, rejected)
-    if model.takes_text and config.branches_per_row != 1 and any(len(r.get("branches") or []) > 1 for r in data.records):
+    many = any(len(r.get("branches") or []) > 1 for r in data.records)
+    if model.takes_text and config.branches_per_row != 1 and many:
         where, do = "branches_per_row", "set branches_per_row: 1"
         raise UserError("a connector that sees the question takes one question a row", where, do)
     if is_main():

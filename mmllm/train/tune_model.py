@@ -14,10 +14,12 @@ from mmllm.connectors import build_connector
 from mmllm.contracts import Connector, Tower
 from mmllm.data.chat_batches import ChatBatches
 from mmllm.data.conversations import Conversation
+from mmllm.data.interleaved import is_document
 from mmllm.data.models import resolve_model
 from mmllm.data.packing import PackedBatches
 from mmllm.errors import UserError
 from mmllm.model import MMLLMForConditionalGeneration, MMLLMProcessor, build_model, import_llava, load_model
+from mmllm.model.chat_template import FLATTEN, PLAIN
 from mmllm.model.llava import is_llava
 from mmllm.model.loading import add_injector
 from mmllm.model.packing import allow_packing
@@ -46,6 +48,8 @@ def make_model(config: TuneConfig, dtype: torch.dtype) -> tuple[MMLLMForConditio
     if init is not None and not aligned:
         if config.llm or config.vision.tower or config.audio.tower:
             raise UserError("init brings LLM and towers already", config.init, "leave out llm and tower, or init")
+        if config.chat_template:
+            raise UserError("init brings its chat template already", "chat_template", "leave it out")
         model, processor = import_llava(init, dtype) if is_llava(init) else load_model(init, dtype)
         for name in MODALITIES:
             section: ModalitySection = getattr(config, name)
@@ -63,7 +67,36 @@ def make_model(config: TuneConfig, dtype: torch.dtype) -> tuple[MMLLMForConditio
     if not any(towers.values()):
         raise UserError("no tower", "config", "give init, or vision.tower or audio.tower")
     llm = resolve_model(_llm(config, init))
-    return build_model(llm, towers["vision"], towers["audio"], connectors, dtype, config.injector)
+    template = None if config.chat_template is None else named_template(config.chat_template)
+    parts = (llm, towers["vision"], towers["audio"], connectors, dtype, config.injector)
+    return build_model(*parts, chat_template=template)
+
+
+def named_template(name: str) -> str:
+    """``plain`` (lines that begin with User: and Assistant:), or the template of a Jinja file.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if name == "plain":
+        return PLAIN
+    try:
+        return FLATTEN + Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise UserError("no such template file", f"chat_template: {name}", "give plain, or a Jinja file") from None
+
+
+def check_template(config: TuneConfig, data: ChatData, processor: MMLLMProcessor) -> None:
+    """Whether the LLM's words for turns are known, where the data have any.
+
+    Raises:
+        UserError: it has no chat template and the config gives none.
+    """
+    own = config.chat_template is not None or processor.chat_template != PLAIN
+    resumed = config.llm is None and config.init is not None  # its first stage was asked this
+    if not own and not resumed and not all(is_document(r["messages"]) for r in data.records):
+        do = "set chat_template: plain, or a Jinja file, or take an LLM that was tuned for chat"
+        raise UserError("this LLM has no chat template", f"llm: {config.llm}", do)
 
 
 def _llm(config: TuneConfig, init: Path | None) -> str:
