@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from mmllm.data.blob import Blob
+from mmllm.data.box_forms import box_fields
 from mmllm.data.interleaved import interleaved_fields
 from mmllm.data.records import MEDIA_FIELDS
 from mmllm.errors import UserError, unknown
@@ -82,7 +83,7 @@ def to_record(row: dict[str, Any], columns: Columns | None = None) -> dict[str, 
     if not isinstance(meta, dict):
         raise UserError(f"meta must be a mapping, not {meta!r:.40}")
     rest: dict[str, Any] = {}
-    kept = {*FIELDS, *interleaved_fields(row)}
+    kept = {*FIELDS, *interleaved_fields(row), *box_fields(row)}
     if "messages" in row or "conversations" in row:
         kept |= {f"{field}s" for field in MEDIA_FIELDS}
     for name, value in row.items():

@@ -100,7 +100,7 @@ def located_records(
             try:
                 item.record = finish_record(raw, item.file, item.place)
             except UserError as e:
-                item.record, item.problem = None, e.what
+                item.record, item.problem = None, f"{e.what}; {e.do}" if e.do else e.what
             except (TypeError, AttributeError, KeyError) as e:
                 item.record, item.problem = None, f"unknown form of record ({e})"
         yield item

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmllm.data.box_forms import with_boxes
 from mmllm.data.chat_media_forms import MEDIA_FIELDS, PLACEHOLDER, with_media_parts
 from mmllm.data.interleaved import from_interleaved, interleaved_fields
 from mmllm.errors import UserError
@@ -104,7 +105,8 @@ def finish_record(raw: dict[str, Any], file: str, place: int | str) -> dict[str,
     """The record with an id, in our form of conversation, with media paths absolute against the file's folder.
 
     Raises:
-        UserError: see ``from_conversations``, ``from_interleaved`` and ``with_media_parts``.
+        UserError: see ``from_conversations``, ``from_interleaved``, ``with_media_parts`` and
+            ``with_boxes``.
     """
     if "conversations" in raw:
         record = from_conversations(raw, f"{file}:{place}")
@@ -115,7 +117,10 @@ def finish_record(raw: dict[str, Any], file: str, place: int | str) -> dict[str,
     path = Path(file)
     if record.get("id") is None:
         record["id"] = f"{path.stem}-{place}"
-    return with_absolute_paths(record, (path if path.is_dir() else path.parent).absolute())
+    if isinstance(record.get("file_name"), str) and "bbox" in record:
+        record.setdefault("image", record["file_name"])
+    record = with_absolute_paths(record, (path if path.is_dir() else path.parent).absolute())
+    return with_boxes(record, f"{file}:{place}")
 
 
 def _absolute(value: Any, folder: Path) -> Any:
@@ -132,6 +137,12 @@ def with_absolute_paths(record: dict[str, Any], folder: Path) -> dict[str, Any]:
     for name in MEDIA_FIELDS:
         if name in out:
             out[name] = _absolute(out[name], folder)
+
+    if isinstance(out.get("boxes"), list):
+        out["boxes"] = [
+            {**b, "mask": _absolute(b["mask"], folder)} if isinstance(b, dict) and "mask" in b else b
+            for b in out["boxes"]
+        ]
 
     def message(m: dict[str, Any]) -> dict[str, Any]:
         content = m.get("content")

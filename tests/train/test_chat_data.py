@@ -218,3 +218,19 @@ def test_a_resumed_mixture_ends_with_the_same_bits(world, tmp_path):  # noqa: F8
     tune("tune", settings, cut, resume=True)
     one, other = weights(whole), weights(cut)
     assert all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_boxes_become_questions_and_marked_pictures_by_recipes(world, tmp_path):  # noqa: F811
+    boxes = [{"xyxy": [2, 2, 16, 30], "text": "cat"}, {"xyxy": [17, 2, 30, 30], "text": "dog"}]
+    scenes = [{"id": str(i), "image": str(world / f"{i}.png"), "boxes": boxes, "box_unit": "pixel"} for i in range(9)]
+    out = {"xyxy": [0.2, 0, 0.1, 1], "text": "cat"}
+    lines(tmp_path / "s.jsonl", *scenes, {"id": "bad", "image": str(world / "0.png"), "boxes": [out]})
+    data = [{"path": "s.jsonl", "recipes": [name], "weight": 1} for name in ("grounding", "set_of_mark")]
+    settings = config(world, dataset=str(tmp_path), data=data, max_rejected=0.1, train={"max_steps": 3})
+    run = tune("tune", settings, tmp_path / "run")
+    (row,) = rejected(run)  # one record of one file, although two sources read it
+    assert row["where"] == f"{tmp_path}/s.jsonl:10 (id 'bad')" and "outside 0..1" in row["why"]
+    data = read_chat(settings.data, tmp_path, Rejected(max_share=0.1))
+    assert len(data) == 18 and all(r["branches"] for r in data.records)
+    assert isinstance(data.records[0]["messages"][0]["content"][0]["path"], str)
+    assert data.records[9]["messages"][0]["content"][0]["path"].name.endswith("with 2 marks")
