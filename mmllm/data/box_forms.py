@@ -29,7 +29,8 @@ def with_boxes(record: dict[str, Any], where: object = None) -> dict[str, Any]:
 
     ``box_unit`` (``normalised`` or ``pixel``) and ``box_format`` (``xyxy`` or ``xywh``) say what its numbers are;
     ``boxes`` without them are normalised xyxy. ``bbox`` with ``sentences`` is RefCOCO's layout: one box, pixels and
-    xywh where nothing else is stated, and a text for each sentence. Pixels need ``width`` and ``height``, or the picture.
+    xywh where nothing else is stated, and a text for each sentence. Pixels need ``width`` and ``height``, or the
+    picture.
 
     Raises:
         UserError: an unknown unit or format, a box that is empty or stands out of its picture, or no size to go by.
@@ -90,4 +91,4 @@ def _expressions(record: dict[str, Any], where: object) -> Iterator[str]:
         texts = [said]
     if not texts or not all(isinstance(t, str) and t.strip() for t in texts):
         raise UserError("a bbox without sentences", where, f"give its expressions in one of {', '.join(EXPRESSIONS)}")
-    yield from texts
+    yield from (str(text) for text in texts)

@@ -29,7 +29,7 @@ def record_media(record: dict[str, Any]) -> list[tuple[str, Any]]:
     return media_of(record.get("messages", [])) + [m for b in record.get("branches") or [] for m in media_of(b)]
 
 
-def rough_length(record: dict[str, Any], image_tokens: int, branches: int | None) -> float:
+def rough_length(record: dict[str, Any], picture_tokens: Callable[[Any], int], branches: int | None) -> float:
     """About how many tokens the record's row has, without tokenising it."""
 
     def characters(messages: Sequence[dict[str, Any]]) -> int:
@@ -42,9 +42,9 @@ def rough_length(record: dict[str, Any], image_tokens: int, branches: int | None
 
     own = record.get("branches") or []
     share = 1.0 if branches is None or len(own) <= branches else branches / len(own)
-    pictures = sum(kind == "image" for kind, _ in record_media(record))
+    pictures = sum(picture_tokens(source) for kind, source in record_media(record) if kind == "image")
     text = characters(record.get("messages", [])) + share * sum(characters(b) for b in own)
-    return text / 4 + pictures * image_tokens
+    return text / 4 + pictures
 
 
 class ChatBatches:
@@ -79,7 +79,7 @@ class ChatBatches:
         self.batch_size, self.seed = min(batch_size, len(records)), seed
         self.branches_per_row, self.max_length = branches_per_row, max_length
         self.length_normalization = length_normalization
-        lengths = [rough_length(r, processor.image_seq_length, branches_per_row) for r in records]
+        lengths = [rough_length(r, processor.picture_tokens, branches_per_row) for r in records]
         self.lengths = np.asarray(lengths)
         self.mixture = mixture
         self._tokenised = dict(tokenised or {})  # each record is rendered and tokenised once

@@ -215,7 +215,7 @@ def media_tokens(processor: Any, audio_tokens: Callable[[Any], int] | None) -> C
 
     def count(kind: str, source: Any) -> int:
         if kind == "image":
-            return processor.image_seq_length
+            return processor.picture_tokens(source)
         return audio_tokens(source) if audio_tokens else 1
 
     return count

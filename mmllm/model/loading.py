@@ -8,17 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from mmllm.blocks.compute import fast_dtype
 from mmllm.connectors import build_connector, build_injector
 from mmllm.contracts import Connector, Tower
+from mmllm.data.anyres import Tiling
 from mmllm.errors import UserError
 from mmllm.model.chat_template import AUDIO_TOKEN, IMAGE_TOKEN
 from mmllm.model.config import MMLLMConfig
 from mmllm.model.injection import decoder_layers
 from mmllm.model.modeling import MMLLMForConditionalGeneration
 from mmllm.model.processor import MMLLMProcessor
+from mmllm.model.tiling import TileRows
+from mmllm.towers import image_inputs
 
 log = logging.getLogger(__name__)
 STAGES = ("pretrain", "tune")
@@ -127,6 +131,30 @@ def add_injector(model: MMLLMForConditionalGeneration, processor: MMLLMProcessor
     if not model.injector.in_place:
         processor.media_in_place = False
         processor.image_seq_length = model.config.image_seq_length = min(processor.image_seq_length, 1)
+
+
+def add_tiling(
+    model: MMLLMForConditionalGeneration, processor: MMLLMProcessor, max_tiles: int, min_tiles: int = 1
+) -> None:
+    """Lets a model see large pictures as a thumbnail and tiles; those that fit one tile stay as they were, bit for bit.
+
+    Raises:
+        UserError: no vision tower, one that takes pictures of any shape, a connector that sees the question, numbers
+            that leave nothing to cut, or a model that cuts already.
+    """
+    if model.tile_rows is not None:
+        raise UserError("this model cuts pictures already", "tiling", "leave out tiling")
+    if model.vision_tower is None or processor.image_processor is None:
+        raise UserError("there is no vision tower to see the tiles", "tiling", "give vision.tower")
+    if model.vision_connector is not None and model.vision_connector.takes_text:
+        raise UserError("a connector that sees the question takes whole pictures", "tiling", "leave out tiling")
+    seen = image_inputs(processor.image_processor, [Image.new("RGB", (8, 8))])["pixel_values"]
+    if seen.ndim != 4 or seen.shape[-1] != seen.shape[-2]:
+        raise UserError("this tower takes pictures of any shape as they are", "tiling", "leave out tiling")
+    tiling = Tiling(max_tiles, int(seen.shape[-1]), min_tiles).to_dict()
+    embedding: Any = model.get_input_embeddings()
+    model.tile_rows = TileRows(embedding.weight.shape[1]).float()
+    model.config.tiling = processor.tiling = tiling
 
 
 def turn_tokens(processor: MMLLMProcessor) -> list[int]:

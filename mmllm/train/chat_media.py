@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mmllm.align.frozen import FrozenFeatures, feature_dtype
+from mmllm.data.anyres import views_of
 from mmllm.data.blob import media_stamp
 from mmllm.data.chat_batches import record_media
 from mmllm.data.features import FeatureCache
@@ -34,6 +35,7 @@ class ChatMedia:
         self.masks: dict[str, Tensor] = {}
         self.index: dict[str, dict[str, int]] = {}
         self._lengths: dict[str, int] = {}
+        self.grids: dict[str, tuple[int, int]] = {}  # of pictures, where they are cut
         wanted: dict[str, dict[str, Any]] = {"image": {}, "audio": {}}
         self._bad: dict[str, str] = {}  # key of a medium that could not be read -> why
         for record in records:
@@ -55,22 +57,37 @@ class ChatMedia:
         self.audio_connector, self.audio_tower = model.audio_connector, model.audio_tower
 
     def _run_tower(self, kind: str, tower: Any, sources: dict[str, Any], frozen: FrozenFeatures) -> None:
-        keys = list(sources)
+        keys, first, items = [], {}, []  # of each item its medium; of each medium its first item
+        for key, source in sources.items():
+            first[key] = len(items)
+            views = self._views(key, source) if kind == "image" else [source]
+            keys += [key] * len(views)
+            items += [{"id": key, kind: view} for view in views]
         began = time.monotonic()
         # The align run's scenes carry this name: the same files and tower are computed once for all stages.
         name = "scenes-image" if kind == "image" else "chat-audio"
         copies = self.copies if kind == "image" else 0
-        items = [{"id": key, kind: source} for key, source in sources.items()]
         found = frozen(
             tower, items, ["tokens"], augment="scene" if copies else "none", copies=copies, seed=self.seed, name=name,
             progress=_Progress(kind), on_bad=lambda row, error: self._bad.setdefault(keys[row], str(error)),
         )  # fmt: skip
-        self.index[kind] = {key: i for i, key in enumerate(keys)}
+        self.index[kind] = first
         self.tokens[kind] = found["tokens"]
         if "mask" in found:
             self.masks[kind] = found["mask"]
         if is_main() and time.monotonic() - began > 1:
-            print(f"{kind}: features of {len(keys):,} files ready after {time.monotonic() - began:.0f} s", flush=True)
+            print(f"{kind}: features of {len(first):,} files ready after {time.monotonic() - began:.0f} s", flush=True)
+
+    def _views(self, key: str, source: Any) -> Sequence[Any]:
+        """What the tower sees of a picture: its tiles, where the model cuts it."""
+        tiles = self.processor.tiles
+        if tiles is None:
+            return [source]
+        try:
+            self.grids[key] = self.processor.picture_grid(source)
+        except UserError as e:
+            self._bad[key], self.grids[key] = str(e), (1, 1)
+        return views_of(source, tiles, self.grids[key])
 
     def problem(self, source: Any) -> str | None:
         """Why a medium could not be read when its features were made."""
@@ -104,19 +121,31 @@ class ChatMedia:
                 loaded = [load(s) for s in sources]
                 out |= self.processor.media_inputs(*((loaded, []) if kind == "image" else ([], loaded)))[0]
                 continue
-            rows = torch.tensor([self.index[kind][medium_key(s)] for s in sources])
-            out[f"{kind}_tower_tokens"] = self._pick(kind, rows)
+            names = [medium_key(s) for s in sources]
+            rows = torch.tensor([self.index[kind][name] for name in names])
+            views = torch.ones_like(rows)
+            if kind == "image" and (tiles := self.processor.tiles) is not None:
+                grids = [self.grids[name] for name in names]
+                views = torch.tensor([tiles.views(grid) for grid in grids])
+                out["image_grids"] = torch.tensor(grids)
+            out[f"{kind}_tower_tokens"] = self._pick(kind, rows, views)
             if kind in self.masks:
                 out["audio_tower_mask"] = self.masks[kind][0][rows]
         return out
 
-    def _pick(self, kind: str, rows: Tensor) -> Tensor:
-        """Tokens [n, N, D]; with copies, one of them for each item, drawn from the items and nothing else random."""
+    def _pick(self, kind: str, first: Tensor, views: Tensor) -> Tensor:
+        """Tokens [sum of views, N, D] of media whose first views are the items ``first``.
+
+        With copies one of them for each medium, drawn from the items and nothing else random.
+        """
         held = self.tokens[kind]
+        before = views.cumsum(0) - views
+        rows = (first - before).repeat_interleave(views) + torch.arange(int(views.sum()))
         if held.shape[0] == 1:
             return held[0][rows]
-        rng = np.random.default_rng((self.seed, 2, *rows.tolist()))
-        return held[torch.from_numpy(rng.integers(held.shape[0], size=len(rows))), rows]
+        rng = np.random.default_rng((self.seed, 2, *first.tolist()))
+        copies = torch.from_numpy(rng.integers(held.shape[0], size=len(first)))
+        return held[copies.repeat_interleave(views), rows]
 
 
 def medium(source: Any) -> Any:

@@ -69,6 +69,17 @@ class ModalitySection(StrictModel):
     connector: dict[str, Any] = Field(default_factory=dict)
 
 
+class TilingSection(StrictModel):
+    """Large pictures as a thumbnail and tiles of the tower's picture size, with a separator after each row of tiles.
+
+    Attributes:
+        max_tiles, min_tiles: of one picture; its shape and size choose among all grids with so many.
+    """
+
+    max_tiles: int = Field(ge=2)
+    min_tiles: int = Field(default=1, ge=1)
+
+
 class TuneTrain(TrainSection):
     """Which parts train, beside the usual names; ``learning_rates`` per part, under the parts' names here.
 
@@ -119,6 +130,7 @@ class TuneConfig(StrictModel):
         dtype: of the LLM; auto takes bfloat16 where this machine is faster with it (measured), else float32.
         injector: layers inside the LLM through which media reach it, neutral at the start: ``{type:
             gated_cross_attention, every: 4}`` (Flamingo); see ``GatedInjector``.
+        tiling: large pictures are cut; see ``TilingSection``.
         replay: text-only conversations mixed in, so that the LLM keeps what it knows.
         kl_to_base: weight of the divergence from the LLM without adapters at the supervised tokens of conversations
             without media; 0: none.
@@ -143,6 +155,7 @@ class TuneConfig(StrictModel):
     copies: int = Field(default=0, ge=0)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     injector: dict[str, Any] | None = None
+    tiling: TilingSection | None = None
     replay: ReplaySection | None = None
     kl_to_base: float = Field(default=0.0, ge=0)
     perplexity: str | None = "built-in"

@@ -21,7 +21,7 @@ from mmllm.errors import UserError
 from mmllm.model import MMLLMForConditionalGeneration, MMLLMProcessor, build_model, import_llava, load_model
 from mmllm.model.chat_template import FLATTEN, PLAIN
 from mmllm.model.llava import is_llava
-from mmllm.model.loading import add_injector
+from mmllm.model.loading import add_injector, add_tiling
 from mmllm.model.packing import allow_packing
 from mmllm.towers import load_tower
 from mmllm.towers.training import merged
@@ -57,6 +57,8 @@ def make_model(config: TuneConfig, dtype: torch.dtype) -> tuple[MMLLMForConditio
                 raise UserError("a trained connector can't be changed", f"{name}.connector", "start from the align run")
         if config.injector:
             add_injector(model, processor, config.injector)
+        if config.tiling:
+            add_tiling(model, processor, **config.tiling.model_dump())
         return model, processor
     if aligned and is_run:
         final_folder(init, ["align"])  # type: ignore[arg-type]  (says so when it has not finished)
@@ -69,7 +71,10 @@ def make_model(config: TuneConfig, dtype: torch.dtype) -> tuple[MMLLMForConditio
     llm = resolve_model(_llm(config, init))
     template = None if config.chat_template is None else named_template(config.chat_template)
     parts = (llm, towers["vision"], towers["audio"], connectors, dtype, config.injector)
-    return build_model(*parts, chat_template=template)
+    model, processor = build_model(*parts, chat_template=template)
+    if config.tiling:
+        add_tiling(model, processor, **config.tiling.model_dump())
+    return model, processor
 
 
 def named_template(name: str) -> str:
