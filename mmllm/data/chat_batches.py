@@ -19,6 +19,7 @@ from mmllm.data.conversations import (
     media_of,
     tokenise_conversation,
 )
+from mmllm.data.mixtures import Mixture
 
 POOL = 16  # batches whose rows are sorted by length together
 
@@ -28,7 +29,7 @@ def record_media(record: dict[str, Any]) -> list[tuple[str, Any]]:
     return media_of(record.get("messages", [])) + [m for b in record.get("branches") or [] for m in media_of(b)]
 
 
-def rough_length(record: dict[str, Any], image_tokens: int, branches: int | None) -> float:
+def rough_length(record: dict[str, Any], picture_tokens: Callable[[Any], int], branches: int | None) -> float:
     """About how many tokens the record's row has, without tokenising it."""
 
     def characters(messages: Sequence[dict[str, Any]]) -> int:
@@ -41,9 +42,9 @@ def rough_length(record: dict[str, Any], image_tokens: int, branches: int | None
 
     own = record.get("branches") or []
     share = 1.0 if branches is None or len(own) <= branches else branches / len(own)
-    pictures = sum(kind == "image" for kind, _ in record_media(record))
+    pictures = sum(picture_tokens(source) for kind, source in record_media(record) if kind == "image")
     text = characters(record.get("messages", [])) + share * sum(characters(b) for b in own)
-    return text / 4 + pictures * image_tokens
+    return text / 4 + pictures
 
 
 class ChatBatches:
@@ -55,6 +56,8 @@ class ChatBatches:
         branches_per_row: at most so many branches a row, drawn anew each time; None takes all.
         max_length: longest row in tokens.
         length_normalization: see ``answer_weights``; 0 gives batches without weights.
+        mixture: which records an epoch has; None: each once.
+        tokenised: records that are so already, by their numbers.
     """
 
     def __init__(
@@ -68,15 +71,18 @@ class ChatBatches:
         branches_per_row: int | None = None,
         max_length: int | None = None,
         length_normalization: float = 0.0,
+        mixture: Mixture | None = None,
+        tokenised: dict[int, Conversation] | None = None,
     ):
         self.records, self.processor = records, processor
         self.media_inputs, self.audio_tokens = media_inputs, audio_tokens
         self.batch_size, self.seed = min(batch_size, len(records)), seed
         self.branches_per_row, self.max_length = branches_per_row, max_length
         self.length_normalization = length_normalization
-        lengths = [rough_length(r, processor.image_seq_length, branches_per_row) for r in records]
+        lengths = [rough_length(r, processor.picture_tokens, branches_per_row) for r in records]
         self.lengths = np.asarray(lengths)
-        self._tokenised: dict[int, Conversation] = {}  # each record is rendered and tokenised once
+        self.mixture = mixture
+        self._tokenised = dict(tokenised or {})  # each record is rendered and tokenised once
         self._orders: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
 
@@ -85,7 +91,7 @@ class ChatBatches:
         with self._lock:
             if epoch not in self._orders:
                 rng = np.random.default_rng((self.seed, epoch))
-                mixed = rng.permutation(len(self.records))
+                mixed = rng.permutation(len(self.records)) if self.mixture is None else self.mixture.epoch(epoch)
                 size = self.batch_size
                 pools = [mixed[i : i + POOL * size] for i in range(0, len(mixed) // size * size, POOL * size)]
                 batches = [

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ from typing import Any
 from mmllm.data.blob import Blob
 from mmllm.data.captions import captions_of
 from mmllm.data.columns import FIELDS
+from mmllm.data.interleaved import DOCUMENT
 from mmllm.data.media import load_audio, open_image
 from mmllm.data.open import DataSpec, located_records
+from mmllm.data.questions import BOX_SCALE
 from mmllm.data.records import MEDIA_FIELDS, Located
 from mmllm.errors import UserError, unknown
 
-ROLES = ("system", "user", "assistant", "tool")
+BOX = re.compile(r"<box>([^<]*)</box>")
+ROLES = ("system", "user", "assistant", "tool", DOCUMENT)
 
 
 @dataclass
@@ -122,12 +126,13 @@ def check_record(
         if not texts or any(not isinstance(t, str) or not t.strip() for t in texts):
             yield "empty text"
         yield from (p for t in texts if text_limit and isinstance(t, str) and (p := text_limit.problem(t)))
-    yield from _boxes(record.get("boxes"))
+    yield from box_problems(record.get("boxes"))
     if "messages" in record:
         threads = [record["messages"], *record.get("branches", [])]
         for thread in threads:
-            yield from _messages(thread, media)
-        if not any(isinstance(m, dict) and m.get("role") == "assistant" for t in threads for m in _listed(t)):
+            yield from thread_problems(thread, lambda kind, path: _medium(kind, path, media))
+        answers = ("assistant", DOCUMENT)
+        if not any(isinstance(m, dict) and m.get("role") in answers for t in threads for m in _listed(t)):
             yield "no answer in it (no message of role assistant)"
 
 
@@ -145,7 +150,8 @@ def _listed(value: Any) -> list[Any]:
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
-def _boxes(boxes: Any) -> Iterator[str]:
+def box_problems(boxes: Any) -> Iterator[str]:
+    """The problems of a record's ``boxes``: each needs ``xyxy`` within 0..1 with an area, and a text."""
     for box in _listed(boxes):
         xyxy = box.get("xyxy") if isinstance(box, dict) else None
         if not isinstance(xyxy, list) or len(xyxy) != 4 or not all(isinstance(v, int | float) for v in xyxy):
@@ -156,7 +162,26 @@ def _boxes(boxes: Any) -> Iterator[str]:
             yield f"box {xyxy} has no text"
 
 
-def _messages(messages: Any, media: dict[tuple[str, str], str | None]) -> Iterator[str]:
+def box_problem(text: str) -> str | None:
+    """What is wrong with the first bad ``<box>x0,y0,x1,y1</box>`` of a text; marks without any digit are only text."""
+    for inside in BOX.findall(text):
+        numbers = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*", inside)
+        if numbers is None:
+            if re.search(r"\d", inside):
+                return f"box <box>{inside[:40]}</box> is not four whole numbers"
+            continue
+        x0, y0, x1, y1 = map(int, numbers.groups())
+        if x0 > x1 or y0 > y1 or max(x1, y1) > BOX_SCALE:
+            return f"box <box>{inside}</box> is turned round or outside 0..{BOX_SCALE}"
+    return None
+
+
+def thread_problems(messages: Any, medium: Callable[[str, Any], Iterable[str]]) -> Iterator[str]:
+    """The problems of a list of messages.
+
+    Args:
+        medium: kind and path of a picture or sound -> its problems.
+    """
     if not isinstance(messages, list) or not messages:
         yield "messages must be a list that is not empty"
         return
@@ -172,14 +197,17 @@ def _messages(messages: Any, media: dict[tuple[str, str], str | None]) -> Iterat
         for part in parts:
             kind = part.get("type") if isinstance(part, dict) else None
             if kind == "text":
-                if not str(part.get("text") or "").strip():
+                text = part.get("text")
+                if not str(text or "").strip():
                     yield f"empty text in a message of role {message['role']}"
+                elif (problem := box_problem(str(text))) is not None:
+                    yield problem
             elif kind in ("image", "audio", "video"):
                 path = part.get("path") or part.get(kind) or part.get("url")
                 if not path:
                     yield f"{kind} without a path"
                 elif kind != "video":
-                    yield from _medium(kind, path, media)
+                    yield from medium(kind, path)
             else:
                 yield f"unknown part of a message: {part!r:.80}"
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from mmllm.data.blob import Blob
+from mmllm.data.box_forms import box_fields
+from mmllm.data.interleaved import interleaved_fields
 from mmllm.data.records import MEDIA_FIELDS
 from mmllm.errors import UserError, unknown
 
@@ -81,12 +83,15 @@ def to_record(row: dict[str, Any], columns: Columns | None = None) -> dict[str, 
     if not isinstance(meta, dict):
         raise UserError(f"meta must be a mapping, not {meta!r:.40}")
     rest: dict[str, Any] = {}
+    kept = {*FIELDS, *interleaved_fields(row), *box_fields(row)}
+    if "messages" in row or "conversations" in row:
+        kept |= {f"{field}s" for field in MEDIA_FIELDS}
     for name, value in row.items():
         if name in used or name in columns or _empty(value):
             continue
         if name == "meta" and isinstance(value, dict):
             meta = {**value, **meta}
-        elif name in FIELDS:
+        elif name in kept:
             record[name] = value
         elif not isinstance(value, bytes | Blob):  # media that nobody asked for
             rest[name] = value

@@ -9,19 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmllm.data.fitting import Piece, chosen_parts, grow, media_within
+from mmllm.data.interleaved import is_document
 from mmllm.errors import UserError
 
 IGNORE = -100
 MEDIA = {"image": "image", "image_url": "image", "audio": "audio", "input_audio": "audio"}
 CUT = "\u241ecut\u241e"  # marks the end of the shared prefix while rendering; never reaches the tokenizer
-
-
-@dataclass
-class Piece:
-    """Token ids, and whether they are an answer to be learned."""
-
-    ids: list[int]
-    labels: list[int]
 
 
 @dataclass
@@ -152,11 +146,32 @@ def _tokens(pieces: Sequence[tuple[str, bool]], processor: Any) -> Piece:
         if answer:
             end = next((i + 1 for i, t in enumerate(ids) if t in special), len(ids))
             out.labels += ids[:end] + [IGNORE] * (len(ids) - end)
+            out.ends.append(len(out.ids) - len(ids) + end)
         else:
             out.labels += [IGNORE] * len(ids)
     while out.labels and out.labels[-1] == IGNORE and pieces[-1][1]:  # nothing is learned after the last answer
         out.ids.pop()
         out.labels.pop()
+    return out
+
+
+def _document(message: dict[str, Any], processor: Any) -> Piece:
+    """A plain document: its texts are all learned, media stand in their places, the tokenizer's end token closes it."""
+    tokenizer, out = processor.tokenizer, Piece([], [])
+    marks = {"image": processor.image_token_id, "audio": processor.audio_token_id}
+    start = tokenizer.bos_token_id
+    if start is not None and tokenizer("a")["input_ids"][:1] == [start]:
+        out.ids, out.labels = [start], [IGNORE]
+    for part in _parts(message["content"]):
+        text = part.get("type") == "text"
+        ids = processor.plain_ids(part["text"]) if text else [marks[MEDIA[part["type"]]]]
+        out.ids += ids
+        out.labels += ids if text else [IGNORE]
+        if text:
+            out.ends.append(len(out.ids))
+    if tokenizer.eos_token_id is not None:
+        out.ids.append(tokenizer.eos_token_id)
+        out.labels.append(tokenizer.eos_token_id)
     return out
 
 
@@ -172,6 +187,9 @@ def tokenise_conversation(record: dict[str, Any], processor: Any) -> Conversatio
         raise UserError("a conversation without messages", where)
     try:
         branches = record.get("branches")
+        if is_document(messages):
+            media = media_of(messages)
+            return Conversation(Piece([], []), [_document(messages[0], processor)], [], [media])
         if not branches:
             pieces = split_turns(messages, processor.render)
             return Conversation(Piece([], []), [_tokens(pieces, processor)], [], [media_of(messages)])
@@ -192,6 +210,17 @@ def tokenise_conversation(record: dict[str, Any], processor: Any) -> Conversatio
         raise UserError(f"malformed conversation ({type(e).__name__}: {e})", where, "see the record format") from None
 
 
+def media_tokens(processor: Any, audio_tokens: Callable[[Any], int] | None) -> Callable[[str, Any], int]:
+    """How many LLM tokens a medium has, from its kind and source; a sound has one where nobody can tell."""
+
+    def count(kind: str, source: Any) -> int:
+        if kind == "image":
+            return processor.picture_tokens(source)
+        return audio_tokens(source) if audio_tokens else 1
+
+    return count
+
+
 def assemble(
     conversation: Conversation,
     processor: Any,
@@ -204,56 +233,32 @@ def assemble(
     Args:
         audio_tokens: source -> number of LLM tokens of that sound.
         choose: which branches, in which order; None takes all.
-        max_length: branches that don't fit are left out whole; a single branch is cut at its end, never inside or
-            before its media.
+        max_length: branches that don't fit are left out whole; a single branch is cut after a turn (a document after a
+            text), see ``chosen_parts``.
 
     Raises:
-        UserError: the media alone don't fit.
+        UserError: not even the first turn fits.
     """
-
-    def grow(piece: Piece, media: Sequence[tuple[str, Any]]) -> Piece:
-        if not media:
-            return piece
-        sources, ids, labels = iter(media), [], []
-        for token, label in zip(piece.ids, piece.labels):
-            n = 1
-            if token == processor.image_token_id:
-                next(sources)
-                n = processor.image_seq_length
-            elif token == processor.audio_token_id:
-                source = next(sources)[1]
-                n = audio_tokens(source) if audio_tokens else 1
-            ids += [token] * n
-            labels += [label] * n
-        return Piece(ids, labels)
-
-    prefix = grow(conversation.prefix, conversation.prefix_media)
+    marks, count = (processor.image_token_id, processor.audio_token_id), media_tokens(processor, audio_tokens)
+    prefix = grow(conversation.prefix, conversation.prefix_media, marks, count)
     row = Encoded([], [], [], [], list(conversation.prefix_media))
 
-    def add(piece: Piece, branch: int, start: int) -> None:
-        row.input_ids += piece.ids
-        row.labels += piece.labels
-        row.position_ids += range(start, start + len(piece.ids))
-        row.branch_ids += [branch] * len(piece.ids)
+    def add(piece: Piece, branch: int, start: int, length: int) -> None:
+        row.input_ids += piece.ids[:length]
+        row.labels += piece.labels[:length]
+        row.position_ids += range(start, start + length)
+        row.branch_ids += [branch] * length
 
-    add(prefix, 0, 0)
-    used = 0
+    add(prefix, 0, 0, len(prefix.ids))
     order = range(len(conversation.branches)) if choose is None else choose
-    for k in order:
-        media = conversation.branch_media[k]
-        piece = grow(conversation.branches[k], media)
-        room = None if max_length is None else max_length - len(row.input_ids)
-        if room is not None and len(piece.ids) > room:
-            if used:
-                continue
-            marks = (processor.image_token_id, processor.audio_token_id)
-            last = max((i for i, t in enumerate(piece.ids) if t in marks), default=-1)
-            if room <= last + 1:
-                raise UserError("the pictures and sounds of one row alone are too long", do="raise max_length")
-            piece = Piece(piece.ids[:room], piece.labels[:room])
-        used += 1
-        add(piece, used, len(prefix.ids))
-        row.media += media
+    pieces = {k: grow(conversation.branches[k], conversation.branch_media[k], marks, count) for k in order}
+    ends = {k: [*p.ends, len(p.ids)] for k, p in pieces.items()}
+    parts = chosen_parts(len(prefix.ids), ends, order, max_length)
+    if not parts and order:
+        raise UserError(f"no turn ends within {max_length} tokens", do="raise max_length")
+    for used, (k, length) in enumerate(parts, 1):
+        add(pieces[k], used, len(prefix.ids), length)
+        row.media += media_within(pieces[k].ids[:length], conversation.branch_media[k], marks, count)
     return row
 
 

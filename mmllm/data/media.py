@@ -70,6 +70,17 @@ def open_image(path: Medium, side: int | None = None) -> Image.Image:
         raise UserError(f"broken picture ({str(e).splitlines()[0] if str(e) else type(e).__name__})", path) from None
 
 
+def image_size(path: Medium) -> tuple[int, int]:
+    """(width, height) of a picture from its header; errors as in ``load_image``."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(media_file(path)) as opened:
+                return opened.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return open_image(path).size  # says what is wrong
+
+
 def load_audio(path: Medium, sampling_rate: int = 16000) -> np.ndarray:
     """The sound as mono float32 [T] at ``sampling_rate``.
 

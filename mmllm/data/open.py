@@ -95,10 +95,12 @@ def located_records(
     found = itertools.chain.from_iterable(_read(spec, file) for file in expand(spec, root))
     for item in itertools.islice(found, spec.limit):
         if item.record is not None:
+            raw = item.record
+            item.id = None if raw.get("id") is None else str(raw["id"])
             try:
-                item.record = finish_record(item.record, item.file, item.place)
+                item.record = finish_record(raw, item.file, item.place)
             except UserError as e:
-                item.record, item.problem = None, e.what
+                item.record, item.problem = None, f"{e.what}; {e.do}" if e.do else e.what
             except (TypeError, AttributeError, KeyError) as e:
                 item.record, item.problem = None, f"unknown form of record ({e})"
         yield item

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor
 
 from mmllm.data.chat_batches import ChatBatches
-from mmllm.data.conversations import IGNORE, Conversation, Encoded, assemble
+from mmllm.data.conversations import IGNORE, Encoded, assemble, media_tokens
+from mmllm.data.fitting import chosen_parts, grown_ends
 
 POOL = 2048  # records that are planned together
 FULL = 0.98  # rows emptier than this wait for the next pool, up to WAIT of them
@@ -92,7 +92,7 @@ class PackedBatches(ChatBatches):
         self._waiting: list[tuple[int, int]] = []
         self._next = (0, 0)  # epoch, first record of its order that is not planned
         self._tokens = 0
-        self._sizes: dict[int, tuple[int, list[int]]] = {}
+        self._sizes: dict[int, tuple[int, list[list[int]]]] = {}  # tokens of prefix, ends of branches
 
     # ---- what a document is ----
 
@@ -106,28 +106,27 @@ class PackedBatches(ChatBatches):
         """Tokens of a record's document in an epoch, counted without making it."""
         if index not in self._sizes:
             c = self.conversation(index)
-            branches = [self._tokens_of(c, c.branches[k].ids, c.branch_media[k]) for k in range(len(c.branches))]
-            self._sizes[index] = self._tokens_of(c, c.prefix.ids, c.prefix_media), branches
-        total, branches = self._sizes[index]
-        most = math.inf if self.max_length is None else self.max_length
-        for k in self.choose(epoch, index):
-            if total + branches[k] <= most:
-                total += branches[k]
-            elif total == self._sizes[index][0]:  # the only branch: cut, see ``assemble``
-                total = int(most)
-        return total
-
-    def _tokens_of(self, _: Conversation, ids: Sequence[int], media: Sequence[tuple[str, Any]]) -> int:
-        total = len(ids)
-        for kind, source in media:
-            total += (self.processor.image_seq_length if kind == "image" else self.audio_tokens(source)) - 1
-        return total
+            marks = (self.processor.image_token_id, self.processor.audio_token_id)
+            count = media_tokens(self.processor, self.audio_tokens)
+            prefix = grown_ends(c.prefix, c.prefix_media, marks, count)[-1]
+            ends = [grown_ends(b, m, marks, count) for b, m in zip(c.branches, c.branch_media)]
+            self._sizes[index] = prefix, ends
+        prefix, ends = self._sizes[index]
+        return prefix + sum(n for _, n in chosen_parts(prefix, ends, self.choose(epoch, index), self.max_length))
 
     # ---- the plan ----
 
+    def _order(self, epoch: int) -> np.ndarray:
+        """The records of an epoch in the order in which they are planned; the last one is kept."""
+        if epoch not in self._orders:
+            plain = np.random.default_rng((self.seed, epoch))
+            drawn = plain.permutation(len(self.records)) if self.mixture is None else self.mixture.epoch(epoch)
+            self._orders = {epoch: drawn}
+        return self._orders[epoch]
+
     def _plan_pool(self) -> None:
         epoch, at = self._next
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.records))
+        order = self._order(epoch)
         last = at + POOL >= len(order)
         documents = [*self._waiting, *((epoch, int(i)) for i in order[at : at + POOL])]
         lengths = [self.length(e, i) for e, i in documents]

@@ -41,7 +41,10 @@ _AN = re.compile(r"^(?:[aeio]|u(?!ni|s[aeiou]|k)|hour|honest|x-ray)", re.IGNOREC
 
 
 class QA(NamedTuple):
-    """One question with its exact answer and its kind (exists, caption, count, side, box, interleaved, hear)."""
+    """One question with its exact answer and its kind.
+
+    Kinds: exists, caption, count, side, box, region, interleaved, hear; of numbered things list, name, number.
+    """
 
     question: str
     answer: str
@@ -115,6 +118,21 @@ def format_box(xyxy: Sequence[float]) -> str:
 def box(label: str, xyxy: Sequence[float]) -> QA:
     """ "Where is the cat?" -> "<box>...</box>"."""
     return QA(f"Where {'are' if is_plural(label) else 'is'} the {label}?", format_box(xyxy), "box")
+
+
+def refer(expression: str, places: Sequence[Sequence[float]]) -> QA:
+    """ "Give the box of this: the left cat" -> its box; all of them, one after the other, where several fit."""
+    return QA(f"Give the box of this: {expression}", "".join(format_box(xyxy) for xyxy in places), "box")
+
+
+def region(xyxy: Sequence[float], text: str) -> QA:
+    """ "What does <box>...</box> show?" -> the text of that region."""
+    return QA(f"What does {format_box(xyxy)} show?", text, "region")
+
+
+def thing_at(xyxy: Sequence[float], label: str) -> QA:
+    """ "What does <box>...</box> show?" -> "a cat"."""
+    return region(xyxy, with_article(label))
 
 
 def interleaved(label: str, picture: int, present: bool) -> QA:

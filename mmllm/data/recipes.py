@@ -14,10 +14,12 @@ import mmllm.data.bags  # noqa: F401  (registers its recipes)
 import mmllm.data.box_numbers  # noqa: F401  (registers its recipes)
 import mmllm.data.caption_template  # noqa: F401  (registers its recipes)
 import mmllm.data.exclusive_or  # noqa: F401  (registers its recipes)
+import mmllm.data.grounding  # noqa: F401  (registers its recipes)
 import mmllm.data.languages  # noqa: F401  (registers its recipes)
 import mmllm.data.noise  # noqa: F401  (registers its recipes)
 import mmllm.data.placed  # noqa: F401  (registers its recipes)
 import mmllm.data.sequences  # noqa: F401  (registers its recipes)
+import mmllm.data.set_of_mark  # noqa: F401  (registers its recipes)
 import mmllm.data.sound_pairs  # noqa: F401  (registers its recipes)
 from mmllm.contracts import DataRecipe
 from mmllm.data.captions import label_of

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmllm.data.box_forms import with_boxes
+from mmllm.data.chat_media_forms import MEDIA_FIELDS, PLACEHOLDER, with_media_parts
+from mmllm.data.interleaved import from_interleaved, interleaved_fields
 from mmllm.errors import UserError
 
-MEDIA_FIELDS = ("image", "audio", "video")
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
-PLACEHOLDER = re.compile(r"\s*<(image|audio|video)>\s*")
 
 
 @dataclass
@@ -23,12 +23,14 @@ class Located:
     Attributes:
         file: the file that the record stands in.
         place: its line, or its name inside a shard.
+        id: of what is no record, where it has one.
     """
 
     file: str
     place: int | str
     record: dict[str, Any] | None = None
     problem: str | None = None
+    id: str | None = None
 
     @property
     def where(self) -> str:
@@ -103,13 +105,22 @@ def finish_record(raw: dict[str, Any], file: str, place: int | str) -> dict[str,
     """The record with an id, in our form of conversation, with media paths absolute against the file's folder.
 
     Raises:
-        UserError: see ``from_conversations``.
+        UserError: see ``from_conversations``, ``from_interleaved``, ``with_media_parts`` and
+            ``with_boxes``.
     """
-    record = from_conversations(raw, f"{file}:{place}") if "conversations" in raw else dict(raw)
+    if "conversations" in raw:
+        record = from_conversations(raw, f"{file}:{place}")
+    elif "messages" not in raw and interleaved_fields(raw):
+        record = from_interleaved(raw, f"{file}:{place}")
+    else:
+        record = with_media_parts(raw, f"{file}:{place}") if "messages" in raw else dict(raw)
     path = Path(file)
     if record.get("id") is None:
         record["id"] = f"{path.stem}-{place}"
-    return with_absolute_paths(record, (path if path.is_dir() else path.parent).absolute())
+    if isinstance(record.get("file_name"), str) and "bbox" in record:
+        record.setdefault("image", record["file_name"])
+    record = with_absolute_paths(record, (path if path.is_dir() else path.parent).absolute())
+    return with_boxes(record, f"{file}:{place}")
 
 
 def _absolute(value: Any, folder: Path) -> Any:
@@ -126,6 +137,12 @@ def with_absolute_paths(record: dict[str, Any], folder: Path) -> dict[str, Any]:
     for name in MEDIA_FIELDS:
         if name in out:
             out[name] = _absolute(out[name], folder)
+
+    if isinstance(out.get("boxes"), list):
+        out["boxes"] = [
+            {**b, "mask": _absolute(b["mask"], folder)} if isinstance(b, dict) and "mask" in b else b
+            for b in out["boxes"]
+        ]
 
     def message(m: dict[str, Any]) -> dict[str, Any]:
         content = m.get("content")

@@ -16,11 +16,11 @@ class Rejected:
     Args:
         path: ``rejected.jsonl``, one ``{"source", "id", "where", "why"}`` a line, written anew by each start of a run,
             from the first rejected item on; None keeps the list in memory.
-        max_share: the largest share of a source's items that may be left out.
+        max_share: the largest share of a source's items that may be left out; ``key`` is its name in the config.
     """
 
-    def __init__(self, path: str | Path | None = None, max_share: float = 0.01):
-        self.path, self.max_share = Path(path) if path is not None else None, max_share
+    def __init__(self, path: str | Path | None = None, max_share: float = 0.01, key: str = "data.max_rejected"):
+        self.path, self.max_share, self.key = Path(path) if path is not None else None, max_share, key
         self.rows: list[dict[str, str]] = []
         self._totals: dict[str, int] = {}
         self._seen: set[tuple[str, str]] = set()
@@ -57,7 +57,7 @@ class Rejected:
             return
         named = "; ".join(f"{r['where']}: {r['why']}" for r in rows[:SHOWN])
         more = f"; and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
-        allowed = f"data.max_rejected allows {self.max_share:.3g}"
+        allowed = f"{self.key} allows {self.max_share:.3g}"
         do = f"the list is in {self.path}" if self.path is not None else "run mmllm data check on its file"
         what = f"{len(rows):,} of {total:,} items cannot be used ({allowed}): {named}{more}"
         raise UserError(what, f"source '{source}'", do)

@@ -44,6 +44,8 @@ def generate_views(
     Raises:
         UserError: the method needs messages or pictures, or the media cannot be told apart.
     """
+    if model_kwargs.get("image_grids") is not None:
+        raise UserError("this model's pictures are cut into tiles", "decode", "use mmllm.decode.Decoder")
     spec = parse_spec(decode)
     if generation_config.do_sample and not spec.do_sample:
         spec = replace(spec, temperature=1.0)  # the warpers among the processors have applied the rest

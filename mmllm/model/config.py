@@ -17,7 +17,8 @@ class MMLLMConfig(PreTrainedConfig):
         injector: ``Injector.to_config()``, where media also reach the LLM through layers inside it.
         turn_token_ids: special tokens that part the turns of a conversation, for connectors that see the question.
         image_token_id, audio_token_id: the placeholder tokens ``<image>`` and ``<audio>`` in ``input_ids``.
-        image_seq_length: tokens of one picture in the LLM; 0 without a vision tower.
+        image_seq_length: tokens of one picture (of one view, with ``tiling``) in the LLM; 0 without a vision tower.
+        tiling: ``Tiling.to_dict()``, where large pictures are cut into tiles.
         tie_word_embeddings: as in the LLM's own config.
     """
 
@@ -34,6 +35,7 @@ class MMLLMConfig(PreTrainedConfig):
     image_token_id: int | None = None
     audio_token_id: int | None = None
     image_seq_length: int = 0
+    tiling: dict[str, int] | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -8,17 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from mmllm.blocks.compute import fast_dtype
 from mmllm.connectors import build_connector, build_injector
 from mmllm.contracts import Connector, Tower
+from mmllm.data.anyres import Tiling
 from mmllm.errors import UserError
 from mmllm.model.chat_template import AUDIO_TOKEN, IMAGE_TOKEN
 from mmllm.model.config import MMLLMConfig
 from mmllm.model.injection import decoder_layers
 from mmllm.model.modeling import MMLLMForConditionalGeneration
 from mmllm.model.processor import MMLLMProcessor
+from mmllm.model.tiling import TileRows
+from mmllm.towers import image_inputs
 
 log = logging.getLogger(__name__)
 STAGES = ("pretrain", "tune")
@@ -129,6 +133,30 @@ def add_injector(model: MMLLMForConditionalGeneration, processor: MMLLMProcessor
         processor.image_seq_length = model.config.image_seq_length = min(processor.image_seq_length, 1)
 
 
+def add_tiling(
+    model: MMLLMForConditionalGeneration, processor: MMLLMProcessor, max_tiles: int, min_tiles: int = 1
+) -> None:
+    """Lets a model see large pictures as a thumbnail and tiles; those that fit one tile stay as they were, bit for bit.
+
+    Raises:
+        UserError: no vision tower, one that takes pictures of any shape, a connector that sees the question, numbers
+            that leave nothing to cut, or a model that cuts already.
+    """
+    if model.tile_rows is not None:
+        raise UserError("this model cuts pictures already", "tiling", "leave out tiling")
+    if model.vision_tower is None or processor.image_processor is None:
+        raise UserError("there is no vision tower to see the tiles", "tiling", "give vision.tower")
+    if model.vision_connector is not None and model.vision_connector.takes_text:
+        raise UserError("a connector that sees the question takes whole pictures", "tiling", "leave out tiling")
+    seen = image_inputs(processor.image_processor, [Image.new("RGB", (8, 8))])["pixel_values"]
+    if seen.ndim != 4 or seen.shape[-1] != seen.shape[-2]:
+        raise UserError("this tower takes pictures of any shape as they are", "tiling", "leave out tiling")
+    tiling = Tiling(max_tiles, int(seen.shape[-1]), min_tiles).to_dict()
+    embedding: Any = model.get_input_embeddings()
+    model.tile_rows = TileRows(embedding.weight.shape[1]).float()
+    model.config.tiling = processor.tiling = tiling
+
+
 def turn_tokens(processor: MMLLMProcessor) -> list[int]:
     """The special tokens that part the turns of the chat template, and padding.
 
@@ -151,7 +179,13 @@ def turn_tokens(processor: MMLLMProcessor) -> list[int]:
 
 def _connector(tower: Tower, wanted: Connector | dict[str, Any] | None, width: int) -> Connector:
     if isinstance(wanted, Connector):
-        out = wanted.to_config().get("out_dim", width)
+        held = wanted.to_config()
+        out, taken = held.get("out_dim", width), held.get("in_dim", tower.hidden_size)
+        if taken != tower.hidden_size:
+            raise UserError(
+                f"the connector takes {taken} numbers a token, the tower gives {tower.hidden_size}",
+                do="use the tower that it was aligned with",
+            )
         if out != width:
             raise UserError(
                 f"the connector gives {out} numbers a token, the LLM takes {width}",
@@ -162,7 +196,11 @@ def _connector(tower: Tower, wanted: Connector | dict[str, Any] | None, width: i
     config: dict[str, Any] = dict(wanted or {"type": "grid_mlp" if grid is not None else "mlp"})
     if config.get("positions") and not config.get("grid") and grid is not None:
         config["grid"] = list(grid[1:])
-    return build_connector({**config, "in_dim": tower.hidden_size, "out_dim": width})
+    for key, needed, whose in (("in_dim", tower.hidden_size, "tower gives"), ("out_dim", width, "LLM takes")):
+        if config.setdefault(key, needed) != needed:
+            what = f"{key} is {config[key]}, the {whose} {needed} numbers a token"
+            raise UserError(what, "connector", f"leave {key} out")
+    return build_connector(config)
 
 
 def _grow_embeddings(model: Any, tokens: int) -> None:

@@ -11,6 +11,7 @@ from mmllm.contracts import Connector, Features, Injector, Tower
 from mmllm.errors import UserError
 from mmllm.model.config import MMLLMConfig
 from mmllm.model.places import Placed, cached_features, put, starts, words_around
+from mmllm.model.tiling import TileRows
 
 
 class MediaParts:
@@ -22,15 +23,21 @@ class MediaParts:
     vision_connector: Connector | None
     audio_connector: Connector | None
     injector: Injector | None
+    tile_rows: TileRows | None
     get_input_embeddings: Any
 
     def get_image_features(
-        self, pixel_values: Tensor | None = None, image_tower_tokens: Tensor | None = None, text: Features | None = None
+        self,
+        pixel_values: Tensor | None = None,
+        image_tower_tokens: Tensor | None = None,
+        text: Features | None = None,
+        image_grids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Pictures [n, 3, H, W], or their cached tower tokens [n, N, D] -> LLM tokens [n, M, H] and mask [n, M].
 
         Args:
             text: the words that go with each picture, for a connector that takes them.
+            image_grids: [n, 2], with ``tiling``; the pictures are then given as the views of all, in order.
         """
         if self.vision_connector is None or self.vision_tower is None:
             raise UserError("this model has no vision tower", do="use a model that was trained with pictures")
@@ -38,7 +45,12 @@ class MediaParts:
             features = cached_features(image_tower_tokens, None, getattr(self.vision_tower, "grid", None))
         else:
             features = self.vision_tower(pixel_values=pixel_values)
-        return self.vision_connector(features, text)
+        tokens, mask = self.vision_connector(features, text)
+        if self.tile_rows is None:
+            return tokens, mask
+        if image_grids is None:
+            raise UserError("this model cuts pictures into tiles and needs image_grids", do="use its own processor")
+        return self.tile_rows(tokens, mask, image_grids)
 
     def get_audio_features(
         self,
@@ -76,6 +88,7 @@ class MediaParts:
         audio_tower_tokens: Tensor | None = None,
         audio_tower_mask: Tensor | None = None,
         documents: Tensor | None = None,
+        image_grids: Tensor | None = None,
     ) -> tuple[Tensor, list[Placed]]:
         """The same, and the media with their places; ``documents`` [B, L] numbers those of packed rows."""
         embeds, placed = self.get_input_embeddings()(input_ids), []
@@ -102,7 +115,7 @@ class MediaParts:
             n = len(pixel_values if image_tower_tokens is None else image_tower_tokens)  # type: ignore[arg-type]
 
             def pictures(text: Features | None) -> tuple[Tensor, Tensor]:
-                return self.get_image_features(pixel_values, image_tower_tokens, text)
+                return self.get_image_features(pixel_values, image_tower_tokens, text, image_grids)
 
             add(self.vision_connector, self.config.image_token_id, "picture", n, pictures)
         if input_features is not None or audio_tower_tokens is not None:
@@ -121,15 +134,19 @@ class MediaParts:
         """True where a connector sees the words around a medium, so that questions can't share its tokens."""
         return any(c is not None and c.takes_text for c in (self.vision_connector, self.audio_connector))
 
-    def unused_connectors(self, *media: Tensor | None) -> Tensor | float:
+    def unused_connectors(self, *media: Tensor | None, idle: bool = False) -> Tensor | float:
         """With several processes: zero, from the parameters of a connector whose modality this batch lacks.
 
         Otherwise a process without a picture would give no gradient where the others wait for one.
+
+        Args:
+            idle: also with one process; for a batch of text alone, of which nothing that trains has a part.
         """
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if not idle and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return 0.0
         pictures, sounds = any(m is not None for m in media[:2]), any(m is not None for m in media[2:])
-        parts = [(self.vision_connector, pictures), (self.audio_connector, sounds)]
+        parts: list[tuple[Any, bool]] = [(self.vision_connector, pictures), (self.audio_connector, sounds)]
         parts += [(self.vision_tower, pictures), (self.audio_tower, sounds), (self.injector, pictures or sounds)]
+        parts.append((self.tile_rows, pictures))
         unused = [p for part, there in parts if part is not None and not there for p in part.parameters()]
         return sum((p.float().sum() * 0 for p in unused if p.requires_grad), torch.zeros(()))

@@ -19,6 +19,7 @@ from mmllm.model.injection import KEY, after_injection, injected, watch_layers
 from mmllm.model.media import MediaParts
 from mmllm.model.packing import packed_call
 from mmllm.model.places import Placed
+from mmllm.model.tiling import TileRows
 from mmllm.towers import build_tower
 
 MEDIA_KEYS = (
@@ -26,6 +27,7 @@ MEDIA_KEYS = (
     "input_features",
     "feature_attention_mask",
     "image_tower_tokens",
+    "image_grids",
     "audio_tower_tokens",
     "audio_tower_mask",
 )
@@ -47,7 +49,14 @@ class MMLLMForConditionalGeneration(MediaParts, PreTrainedModel, GenerationMixin
     _supports_attention_backend = True
     supports_gradient_checkpointing = True
     language_model: Any  # any causal LM of transformers, or peft's wrapper around one
-    _keep_in_fp32_modules_strict = {"vision_tower", "audio_tower", "vision_connector", "audio_connector", "injector"}
+    _keep_in_fp32_modules_strict = {
+        "vision_tower",
+        "audio_tower",
+        "vision_connector",
+        "audio_connector",
+        "injector",
+        "tile_rows",
+    }
 
     def __init__(self, config: MMLLMConfig, language_model: nn.Module | None = None):
         super().__init__(config)
@@ -60,6 +69,8 @@ class MMLLMForConditionalGeneration(MediaParts, PreTrainedModel, GenerationMixin
             AutoModelForCausalLM.from_config(config.text_config) if language_model is None else language_model
         )
         self.injector = build_injector(config.injector) if config.injector else None
+        width = self.language_model.get_input_embeddings().weight.shape[1]
+        self.tile_rows = TileRows(width) if config.tiling else None
         watch_layers(self.language_model)
         self._chunked_loss: bool | None = None  # whether the head's loss is known to be this LLM's; tried once
         self.post_init()
@@ -107,6 +118,7 @@ class MMLLMForConditionalGeneration(MediaParts, PreTrainedModel, GenerationMixin
         input_features: Tensor | None = None,
         feature_attention_mask: Tensor | None = None,
         image_tower_tokens: Tensor | None = None,
+        image_grids: Tensor | None = None,
         audio_tower_tokens: Tensor | None = None,
         audio_tower_mask: Tensor | None = None,
         branch_ids: Tensor | None = None,
@@ -121,6 +133,8 @@ class MMLLMForConditionalGeneration(MediaParts, PreTrainedModel, GenerationMixin
         """Runs the LLM on text with media in place.
 
         Args:
+            image_grids: [n, 2] rows and columns of tiles of each picture, for a model with ``tiling``; ``pixel_values``
+                and ``image_tower_tokens`` then hold the views of all pictures one after the other.
             attention_mask: [B, L], or an additive float mask [B, 1, L, K].
             branch_ids: [B, L] of ``mmllm.data.conversations``; makes the mask under which branches share a prefix.
             document_ids: [1, T], numbers of the documents of a packed row (``mmllm.data.packing``): each is computed as
@@ -146,6 +160,7 @@ class MMLLMForConditionalGeneration(MediaParts, PreTrainedModel, GenerationMixin
                 audio_tower_tokens,
                 audio_tower_mask,
                 document_ids,
+                image_grids,
             )
         if branch_ids is not None and document_ids is None:
             attention_mask = branch_mask(branch_ids, inputs_embeds.dtype)
@@ -178,7 +193,8 @@ class MMLLMForConditionalGeneration(MediaParts, PreTrainedModel, GenerationMixin
             out = self.language_model(**run, logits_to_keep=1)
             loss = loss + out.logits.float().sum() * 0
         after_injection(self, media, out)
-        loss = loss + self.unused_connectors(image_tower_tokens, pixel_values, audio_tower_tokens, input_features)
+        held = (image_tower_tokens, pixel_values, audio_tower_tokens, input_features)
+        loss = loss + self.unused_connectors(*held, idle=torch.is_grad_enabled() and not loss.requires_grad)
         return CausalLMOutputWithPast(loss=loss, hidden_states=out.hidden_states, attentions=out.attentions)
 
     def _answer_loss(

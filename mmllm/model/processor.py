@@ -15,11 +15,15 @@ from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 from transformers.processing_utils import ProcessorMixin
 
 from mmllm.connectors import build_connector
+from mmllm.data.anyres import Tiling
+from mmllm.data.blob import Blob
 from mmllm.data.conversations import media_of
+from mmllm.data.media import image_size
 from mmllm.errors import UserError
 from mmllm.model.box_tokens import snap_boxes
-from mmllm.model.chat_template import AUDIO_TOKEN, IMAGE_TOKEN, safe_messages, template_for
+from mmllm.model.chat_template import AUDIO_TOKEN, IMAGE_TOKEN, placeholder_safe, safe_messages, template_for
 from mmllm.towers import MMLLMAudioFeatureExtractor, MMLLMImageProcessor, audio_inputs, build_tower, image_inputs
+from mmllm.towers.image_processing import to_rgb
 
 # transformers finds its own preprocessors by name; ours are found here.
 OWN: dict[str, Any] = {c.__name__: c for c in (MMLLMImageProcessor, MMLLMAudioFeatureExtractor)}
@@ -31,12 +35,14 @@ class MMLLMProcessor(ProcessorMixin):
     Args:
         image_seq_length: LLM tokens of one picture.
         audio_tower, audio_connector: their configs, from which the number of tokens of a sound is worked out.
+        tiling: ``Tiling.to_dict()`` where large pictures are cut; ``image_seq_length`` is then that of one view.
         media_in_place: False where a medium takes one placeholder token and reaches the LLM through an injector.
         box_bins: bins of a coordinate where the LLM has box tokens, see ``mmllm.model.box_tokens``.
     """
 
     model_input_names = [  # type: ignore[assignment]
-        "input_ids", "attention_mask", "pixel_values", "input_features", "feature_attention_mask"
+        "input_ids", "attention_mask", "pixel_values", "image_grids", "input_features",
+        "feature_attention_mask",
     ]  # fmt: skip
 
     def __init__(
@@ -49,9 +55,11 @@ class MMLLMProcessor(ProcessorMixin):
         audio_tower: dict[str, Any] | None = None,
         audio_connector: dict[str, Any] | None = None,
         media_in_place: bool = True,
+        tiling: dict[str, int] | None = None,
         box_bins: int | None = None,
     ):
-        self.media_in_place, self.box_bins = media_in_place, box_bins
+        self.media_in_place, self.tiling, self.box_bins = media_in_place, tiling, box_bins
+        self._sizes: dict[str, tuple[int, int]] = {}
         self.image_seq_length, self.audio_tower, self.audio_connector = image_seq_length, audio_tower, audio_connector
         self.image_token, self.audio_token = IMAGE_TOKEN, AUDIO_TOKEN
         self.image_token_id: Any = None
@@ -98,6 +106,31 @@ class MMLLMProcessor(ProcessorMixin):
 
     # ---- how many tokens ----------------------------------------------------------------------------------------
 
+    @property
+    def tiles(self) -> Tiling | None:
+        """How pictures are cut; None: not at all."""
+        return Tiling(**self.tiling) if self.tiling else None
+
+    def picture_grid(self, source: Any) -> tuple[int, int]:
+        """Rows and columns of tiles of a picture: a loaded one, or a file of which only the header is read."""
+        tiles = self.tiles
+        if tiles is None:
+            return (1, 1)
+        if not _is_file(source):
+            return tiles.grid(to_rgb(source).size)
+        if not isinstance(source, str):
+            return tiles.grid(image_size(source))
+        if source not in self._sizes:
+            held = io.BytesIO(data_uri(source)) if source.startswith("data:") else source
+            self._sizes[source] = image_size(held)
+        return tiles.grid(self._sizes[source])
+
+    def picture_tokens(self, source: Any) -> int:
+        """LLM tokens of a picture (see ``picture_grid``)."""
+        if self.tiling is None or not self.media_in_place:
+            return self.image_seq_length
+        return Tiling(**self.tiling).tokens(self.picture_grid(source), self.image_seq_length)
+
     def num_audio_tokens(self, frames: int) -> int:
         """LLM tokens of a sound with ``frames`` valid input frames."""
         if not self.media_in_place:
@@ -115,6 +148,10 @@ class MMLLMProcessor(ProcessorMixin):
     def text_ids(self, text: str) -> list[int]:
         """Token ids of a rendered piece, no special tokens added, one id for each placeholder mark."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def plain_ids(self, text: str) -> list[int]:
+        """Token ids of a text in which placeholder marks are only text."""
+        return self.text_ids(placeholder_safe(text))
 
     def expand(self, ids: Sequence[int], image_tokens: Sequence[int], audio_tokens: Sequence[int]) -> list[int]:
         """Repeats each placeholder id as often as its picture or sound has tokens, in order.
@@ -155,7 +192,12 @@ class MMLLMProcessor(ProcessorMixin):
         if len(images):
             if self.image_processor is None:
                 raise UserError("this model has no vision tower", do="use a model that was trained with pictures")
-            data |= image_inputs(self.image_processor, list(images))
+            tiles, views = self.tiles, list(images)
+            if tiles is not None:
+                pictures = [to_rgb(image) for image in images]
+                data["image_grids"] = torch.tensor([tiles.grid(p.size) for p in pictures])
+                views = [view for picture in pictures for view in tiles.cut(picture)]
+            data |= image_inputs(self.image_processor, views)
         if len(sounds):
             if self.feature_extractor is None:
                 raise UserError("this model has no audio tower", do="use a model that was tuned with sounds")
@@ -182,7 +224,8 @@ class MMLLMProcessor(ProcessorMixin):
             padding: pad the texts to the longest, on ``padding_side`` (left is right for generation).
 
         Returns:
-            ``input_ids`` and ``attention_mask`` [B, L], ``pixel_values`` [n, 3, H, W], ``input_features`` [m, F, T] and
+            ``input_ids`` and ``attention_mask`` [B, L], ``pixel_values`` [n, 3, H, W] (with ``tiling`` the views of all
+            pictures, and ``image_grids`` [n, 2]), ``input_features`` [m, F, T] and
             ``feature_attention_mask`` [m, T]; only those for which something was given. Without media the marks in the
             text stay single tokens.
         """
@@ -194,7 +237,7 @@ class MMLLMProcessor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else list(text)
         rows = [self.text_ids(t) for t in texts]
         if pictures or sounds:
-            rows = self._expand_rows(rows, len(pictures), audio_counts)
+            rows = self._expand_rows(rows, [self.picture_tokens(p) for p in pictures], audio_counts)
         width = max((len(r) for r in rows), default=0)
         if return_tensors is None or (not padding and len({len(r) for r in rows}) > 1):
             return BatchFeature({"input_ids": rows, "attention_mask": [[1] * len(r) for r in rows], **data})
@@ -205,14 +248,14 @@ class MMLLMProcessor(ProcessorMixin):
             ids[i, at], mask[i, at] = torch.tensor(row, dtype=torch.long), 1
         return BatchFeature({"input_ids": ids, "attention_mask": mask, **data})
 
-    def _expand_rows(self, rows: list[list[int]], pictures: int, audio_counts: list[int]) -> list[list[int]]:
+    def _expand_rows(self, rows: list[list[int]], pictures: list[int], audio_counts: list[int]) -> list[list[int]]:
         """Gives each row its share of the media, in order."""
         out, image_at, audio_at = [], 0, 0
         for k, row in enumerate(rows):
             n_image, n_audio = row.count(self.image_token_id), row.count(self.audio_token_id)
             last = k == len(rows) - 1
-            n_image, n_audio = (pictures - image_at, len(audio_counts) - audio_at) if last else (n_image, n_audio)
-            sizes = [self.image_seq_length] * n_image
+            n_image, n_audio = (len(pictures) - image_at, len(audio_counts) - audio_at) if last else (n_image, n_audio)
+            sizes = pictures[image_at : image_at + n_image]
             out.append(self.expand(row, sizes, audio_counts[audio_at : audio_at + n_audio]))
             image_at, audio_at = image_at + n_image, audio_at + n_audio
         return out
@@ -255,24 +298,24 @@ class MMLLMProcessor(ProcessorMixin):
         return out if return_dict else out["input_ids"]
 
     def load_image(self, source: Any) -> Any:
-        """A path or data URI as a PIL picture; a picture as it is."""
+        """A path, data URI, blob or encoded bytes as a PIL picture; a picture as it is."""
         from mmllm.data.media import load_image
 
         if isinstance(source, str) and source.startswith("data:"):
-            return load_image(io.BytesIO(_data_uri(source)))
-        return load_image(source) if isinstance(source, str) or hasattr(source, "__fspath__") else source
+            return load_image(io.BytesIO(data_uri(source)))
+        return load_image(source) if _is_file(source) else source
 
     def load_audio(self, source: Any) -> np.ndarray:
-        """A path or data URI as a wave at the extractor's rate; a wave as it is."""
+        """A path, data URI, blob or encoded bytes as a wave at the extractor's rate; a wave as it is."""
         from mmllm.data.media import load_audio
 
         rate = getattr(self.feature_extractor, "sampling_rate", 16000)
         if isinstance(source, str) and source.startswith("data:"):
             with tempfile.NamedTemporaryFile(suffix=".sound") as file:
-                file.write(_data_uri(source))
+                file.write(data_uri(source))
                 file.flush()
                 return load_audio(file.name, rate)
-        if isinstance(source, str) or hasattr(source, "__fspath__"):
+        if _is_file(source):
             return load_audio(source, rate)
         return np.asarray(source, dtype=np.float32)
 
@@ -290,7 +333,16 @@ def _flat_list(media: Any) -> list[Any]:
     return [m for item in media for m in (item if isinstance(item, (list, tuple)) else [item])]
 
 
-def _data_uri(uri: str) -> bytes:
+def _is_file(source: Any) -> bool:
+    return isinstance(source, str | bytes | Blob) or hasattr(source, "__fspath__")
+
+
+def data_uri(uri: str) -> bytes:
+    """The bytes of ``data:TYPE;base64,...``.
+
+    Raises:
+        UserError: it is not of that form.
+    """
     try:
         return base64.b64decode(uri.split(",", 1)[1], validate=True)
     except (IndexError, ValueError):

@@ -102,6 +102,8 @@ def check_parts(ours: Any) -> None:
         raise UserError("LLaVA needs a vision tower, and this model has none", "--format llava", DO)
     if ours.injector is not None:
         raise UserError("LLaVA holds no layers inside the LLM, and this model has an injector", "--format llava", DO)
+    if ours.tile_rows is not None:
+        raise UserError("LLaVA holds whole pictures, and this model cuts them into tiles", "--format llava", DO)
     about = ours.vision_connector.to_config()
     plain = about["type"] == "mlp" and about["depth"] == 2 and not about["norm"]
     if not plain or about["hidden_dim"] != about["out_dim"]:

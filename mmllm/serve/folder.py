@@ -84,11 +84,13 @@ def check_servable(config: dict[str, Any], folder: str | Path) -> None:
     """Refuses what a server cannot do: it gives media to the LLM's input alone, without the words around them.
 
     Raises:
-        UserError: a model with an injector, or with a connector that sees the question.
+        UserError: a model with an injector, one that cuts pictures into tiles, or a connector that sees the question.
     """
     do = "answer with mmllm chat, or generate() of transformers"
     if config.get("injector"):
         raise UserError("vLLM cannot run layers that are injected into the LLM", folder, do)
+    if config.get("tiling"):
+        raise UserError("vLLM cannot be given the tiles of a picture yet", folder, do)
     for name in ("vision_connector", "audio_connector"):
         if (config.get(name) or {}).get("text_dim"):
             raise UserError("vLLM gives a connector no question to see", folder, do)

@@ -10,6 +10,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from mmllm.config import StrictModel, load_config
 from mmllm.errors import UserError
+from mmllm.train.chat_data import ChatData, ChatSources, read_chat
 from mmllm.train.section import TrainSection
 
 
@@ -68,6 +69,17 @@ class ModalitySection(StrictModel):
     connector: dict[str, Any] = Field(default_factory=dict)
 
 
+class TilingSection(StrictModel):
+    """Large pictures as a thumbnail and tiles of the tower's picture size, with a separator after each row of tiles.
+
+    Attributes:
+        max_tiles, min_tiles: of one picture; its shape and size choose among all grids with so many.
+    """
+
+    max_tiles: int = Field(ge=2)
+    min_tiles: int = Field(default=1, ge=1)
+
+
 class TuneTrain(TrainSection):
     """Which parts train, beside the usual names; ``learning_rates`` per part, under the parts' names here.
 
@@ -105,9 +117,13 @@ class TuneConfig(StrictModel):
         init: run that this one starts from: of align (gives towers and connectors), pretrain or tune (the model); or a
             model folder, ours or a LLaVA of transformers. None: from ``llm``, ``vision.tower`` and ``audio.tower``.
         llm: folder, hub id or ``starter:NAME``; None takes the one that the align run aimed at.
-        dataset: ``starter:full``, ``starter:fast`` or a folder; ``data`` are records files in it.
+        chat_template: of an LLM that has none, or in place of its own: ``plain`` (User: and Assistant: lines) or a
+            Jinja file.
+        dataset: ``starter:full``, ``starter:fast`` or a folder; ``data`` are records files in it, each a path or a
+            mapping (see ``ChatSource``) that may give its ``weight``, the source's share of each epoch.
+        max_rejected: the largest share of a source's records that may be left out as bad.
         branches_per_row: most questions of one picture that share a row; each epoch draws others.
-        max_length: longest row in tokens.
+        max_length: longest row in tokens; what is longer is cut after a turn, or left out where no turn fits.
         pack: tokens of a packed row: several conversations share one, each computed as if alone, without padding;
             ``per_device_train_batch_size`` counts these rows. auto: 2,048 on a GPU, 1,024 on a CPU. None: no packing.
         length_normalization: a token of an answer of n tokens weighs n^-this in the loss; 0: tokens alike, 1: answers.
@@ -116,6 +132,7 @@ class TuneConfig(StrictModel):
         dtype: of the LLM; auto takes bfloat16 where this machine is faster with it (measured), else float32.
         injector: layers inside the LLM through which media reach it, neutral at the start: ``{type:
             gated_cross_attention, every: 4}`` (Flamingo); see ``GatedInjector``.
+        tiling: large pictures are cut; see ``TilingSection``.
         replay: text-only conversations mixed in, so that the LLM keeps what it knows.
         kl_to_base: weight of the divergence from the LLM without adapters at the supervised tokens of conversations
             without media; 0: none.
@@ -126,10 +143,12 @@ class TuneConfig(StrictModel):
 
     init: str | None = None
     llm: str | None = None
+    chat_template: str | None = None
     vision: ModalitySection = Field(default_factory=ModalitySection)
     audio: ModalitySection = Field(default_factory=ModalitySection)
     dataset: str = "."
-    data: str | list[str]
+    data: ChatSources
+    max_rejected: float = Field(default=0.01, ge=0, le=1)
     branches_per_row: int | None = Field(default=6, ge=1)
     max_length: int = Field(default=512, ge=16)
     pack: int | Literal["auto"] | None = None
@@ -139,6 +158,7 @@ class TuneConfig(StrictModel):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     box_tokens: int | None = Field(default=None, ge=2)
     injector: dict[str, Any] | None = None
+    tiling: TilingSection | None = None
     replay: ReplaySection | None = None
     kl_to_base: float = Field(default=0.0, ge=0)
     perplexity: str | None = "built-in"
@@ -159,16 +179,9 @@ def run_stage(stage: str, config_path: str, overrides: Any, out: Path | None, re
 def tune(stage: str, config: TuneConfig, out: Path, resume: bool = False) -> Path:
     """The stage on a ready config; see ``run_stage``."""
     from mmllm.data.models import resolve_dataset
-    from mmllm.train.replay import mix_replay
     from mmllm.train.run import RunFolder
 
     folder = Path(resolve_dataset(config.dataset))
-    records = _records(folder, config.data)[: config.limit]
-    if not records:
-        raise UserError("no records", folder / (config.data if isinstance(config.data, str) else config.data[0]))
-    if config.replay is not None:
-        replay = _records(folder, config.replay.data)
-        records = mix_replay(records, replay, config.replay.weight, config.train.seed)
     about = folder / "dataset.json"
     sources = json.loads(about.read_text(encoding="utf-8")).get("sources", []) if about.is_file() else []
     run = RunFolder.open(out, stage, config, resume, seed=config.train.seed, sources=sources)
@@ -176,50 +189,67 @@ def tune(stage: str, config: TuneConfig, out: Path, resume: bool = False) -> Pat
         print(f"{out}: already finished", flush=True)
         return out
     with run.begun():
-        train_and_save(stage, config, records, run, folder)
+        train_and_save(stage, config, run, folder)
     return out
 
 
-def _records(folder: Path, names: str | list[str]) -> list[dict[str, Any]]:
-    from mmllm.data.records import read_records
+def read_data(config: TuneConfig, folder: Path, rejected: Any) -> ChatData:
+    """The conversations of a run, those that it replays among them; see ``read_chat``."""
+    from mmllm.train.replay import mix_replay
 
-    return [r for name in ([names] if isinstance(names, str) else names) for r in read_records(folder / name)]
+    data = read_chat(config.data, folder, rejected, config.limit)
+    if config.replay is None:
+        return data
+    files: Any = config.replay.data
+    replay = read_chat(files, folder, rejected)
+    mixed = mix_replay(data.records, replay.records, config.replay.weight, config.train.seed)
+    if data.weights is None:  # a mixture draws its share anew in each epoch, else the same ones come each time
+        replay = replay.only(mixed[len(data) :])
+    return data.joined(replay, config.replay.weight)
 
 
-def train_and_save(
-    stage: str, config: TuneConfig, records: list[dict[str, Any]], run: Any, folder: Path | None = None
-) -> None:
-    """Makes the model, trains it on the records and writes ``final/``; ``folder`` is the dataset's."""
+def train_and_save(stage: str, config: TuneConfig, run: Any, folder: Path) -> None:
+    """Reads the data, makes the model, trains it and writes ``final/``; ``folder`` is the dataset's."""
     from transformers import set_seed
     from transformers.utils import logging as hf_logging
 
     from mmllm.data.packing import PackedBatches
+    from mmllm.data.rejected import Rejected
     from mmllm.report.figures import write_figures
     from mmllm.train.chat_media import ChatMedia
-    from mmllm.train.launch import is_main, set_threads
+    from mmllm.train.launch import is_main, rank, set_threads
     from mmllm.train.memory import print_memory
     from mmllm.train.perplexity import Kept, figures, read_texts, told
     from mmllm.train.token_count import TokenCount
     from mmllm.train.trainer import MMTrainer
-    from mmllm.train.tune_model import fast_attention, make_batches, make_model, save_final
+    from mmllm.train.tune_model import check_template, fast_attention, make_batches, make_model, save_final
     from mmllm.train.tune_parts import adapt, keeping_hooks, tune_memory
+    from mmllm.train.tune_rows import fitting
 
     hf_logging.disable_progress_bar()  # its bars break the plain lines of a log
     set_threads(config.train.threads)
     set_seed(config.train.seed)
+    listed = "rejected.jsonl" if rank() == 0 else f"rejected-{rank()}.jsonl"
+    rejected = Rejected(run.path / listed, config.max_rejected, "max_rejected")
+    data = read_data(config, folder, rejected)
     trains = config.perplexity is not None and config.train.llm != "none"
     texts = read_texts(str(config.perplexity), folder) if trains else None
     dtype = choose_dtype(config, run)
     model, processor = make_model(config, dtype)
+    check_template(config, data, processor)
     fast_attention(model, config)
-    if model.takes_text and config.branches_per_row != 1 and any(len(r.get("branches") or []) > 1 for r in records):
+    groups = adapt(model, config)
+    media = ChatMedia(model, processor, data.records, config)
+    data, tokenised = fitting(data, processor, media, config, rejected)
+    many = any(len(r.get("branches") or []) > 1 for r in data.records)
+    if model.takes_text and config.branches_per_row != 1 and many:
         where, do = "branches_per_row", "set branches_per_row: 1"
         raise UserError("a connector that sees the question takes one question a row", where, do)
-    groups = adapt(model, config)
     if is_main():
-        print(f"{len(records):,} conversations; LLM computes in {str(dtype).split('.')[-1]}", flush=True)
-    media = ChatMedia(model, processor, records, config)
-    batches, items = make_batches(config, records, processor, media)
+        if left := rejected.count():
+            print(f"{left:,} records left out, listed in {rejected.path}", flush=True)
+        print(f"{len(data):,} conversations; LLM computes in {str(dtype).split('.')[-1]}", flush=True)
+    batches, items = make_batches(config, data, processor, media, tokenised)
     count = TokenCount()
     print_memory(tune_memory(model, groups, config, batches))
     hooks = [count.hook(), *keeping_hooks(model, processor, config)]

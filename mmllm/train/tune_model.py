@@ -13,16 +13,20 @@ from mmllm.align.folder import final_align, load_connector
 from mmllm.connectors import build_connector
 from mmllm.contracts import Connector, Tower
 from mmllm.data.chat_batches import ChatBatches
+from mmllm.data.conversations import Conversation
+from mmllm.data.interleaved import is_document
 from mmllm.data.models import resolve_model
 from mmllm.data.packing import PackedBatches
 from mmllm.errors import UserError
 from mmllm.model import MMLLMForConditionalGeneration, MMLLMProcessor, build_model, import_llava, load_model
 from mmllm.model.box_tokens import add_box_tokens
+from mmllm.model.chat_template import FLATTEN, PLAIN
 from mmllm.model.llava import is_llava
-from mmllm.model.loading import add_injector
+from mmllm.model.loading import add_injector, add_tiling
 from mmllm.model.packing import allow_packing
 from mmllm.towers import load_tower
 from mmllm.towers.training import merged
+from mmllm.train.chat_data import ChatData
 from mmllm.train.run import final_folder, read_info
 from mmllm.train.tune import ModalitySection, TuneConfig
 
@@ -45,6 +49,8 @@ def make_model(config: TuneConfig, dtype: torch.dtype) -> tuple[MMLLMForConditio
     if init is not None and not aligned:
         if config.llm or config.vision.tower or config.audio.tower:
             raise UserError("init brings LLM and towers already", config.init, "leave out llm and tower, or init")
+        if config.chat_template:
+            raise UserError("init brings its chat template already", "chat_template", "leave it out")
         model, processor = import_llava(init, dtype) if is_llava(init) else load_model(init, dtype)
         for name in MODALITIES:
             section: ModalitySection = getattr(config, name)
@@ -52,8 +58,7 @@ def make_model(config: TuneConfig, dtype: torch.dtype) -> tuple[MMLLMForConditio
                 raise UserError("a trained connector can't be changed", f"{name}.connector", "start from the align run")
         if config.injector:
             add_injector(model, processor, config.injector)
-        if config.box_tokens:
-            add_box_tokens(model, processor, config.box_tokens)
+        extend(model, processor, config)
         return model, processor
     if aligned and is_run:
         final_folder(init, ["align"])  # type: ignore[arg-type]  (says so when it has not finished)
@@ -64,10 +69,46 @@ def make_model(config: TuneConfig, dtype: torch.dtype) -> tuple[MMLLMForConditio
     if not any(towers.values()):
         raise UserError("no tower", "config", "give init, or vision.tower or audio.tower")
     llm = resolve_model(_llm(config, init))
-    model, processor = build_model(llm, towers["vision"], towers["audio"], connectors, dtype, config.injector)
+    template = None if config.chat_template is None else named_template(config.chat_template)
+    parts = (llm, towers["vision"], towers["audio"], connectors, dtype, config.injector)
+    model, processor = build_model(*parts, chat_template=template)
+    extend(model, processor, config)
+    return model, processor
+
+
+def extend(model: MMLLMForConditionalGeneration, processor: MMLLMProcessor, config: TuneConfig) -> None:
+    """What a stage adds to the model that it starts from: tiles of large pictures, and box tokens."""
+    if config.tiling:
+        add_tiling(model, processor, **config.tiling.model_dump())
     if config.box_tokens:
         add_box_tokens(model, processor, config.box_tokens)
-    return model, processor
+
+
+def named_template(name: str) -> str:
+    """``plain`` (lines that begin with User: and Assistant:), or the template of a Jinja file.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if name == "plain":
+        return PLAIN
+    try:
+        return FLATTEN + Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise UserError("no such template file", f"chat_template: {name}", "give plain, or a Jinja file") from None
+
+
+def check_template(config: TuneConfig, data: ChatData, processor: MMLLMProcessor) -> None:
+    """Whether the LLM's words for turns are known, where the data have any.
+
+    Raises:
+        UserError: it has no chat template and the config gives none.
+    """
+    own = config.chat_template is not None or processor.chat_template != PLAIN
+    resumed = config.llm is None and config.init is not None  # its first stage was asked this
+    if not own and not resumed and not all(is_document(r["messages"]) for r in data.records):
+        do = "set chat_template: plain, or a Jinja file, or take an LLM that was tuned for chat"
+        raise UserError("this LLM has no chat template", f"llm: {config.llm}", do)
 
 
 def _llm(config: TuneConfig, init: Path | None) -> str:
@@ -147,24 +188,32 @@ def fast_attention(model: MMLLMForConditionalGeneration, config: TuneConfig) -> 
 
 
 def make_batches(
-    config: TuneConfig, records: list[dict[str, Any]], processor: MMLLMProcessor, media: Any
+    config: TuneConfig,
+    data: ChatData,
+    processor: MMLLMProcessor,
+    media: Any,
+    tokenised: dict[int, Conversation] | None = None,
 ) -> tuple[ChatBatches, int]:
     """The batches of a run, and how many items (conversations, or packed rows) an epoch has.
+
+    Args:
+        tokenised: records that are so already, by their numbers.
 
     Raises:
         UserError: packed rows that are shorter than the longest conversation may be.
     """
-    args = (records, processor, media.inputs, media.audio_tokens, config.train.per_device_train_batch_size)
+    args = (data.records, processor, media.inputs, media.audio_tokens, config.train.per_device_train_batch_size)
     options = (config.train.seed, config.branches_per_row, config.max_length, config.length_normalization)
+    more: dict[str, Any] = {"mixture": data.mixture(config.train.seed), "tokenised": tokenised}
     if config.pack is None:
-        return ChatBatches(*args, *options), len(records)
+        return ChatBatches(*args, *options, **more), len(data)
     length = (2048 if torch.cuda.is_available() else 1024) if config.pack == "auto" else config.pack
     if length < config.max_length:
         what = f"packed rows of {length} tokens can't hold a conversation of max_length {config.max_length}"
         raise UserError(what, "pack", "raise pack or lower max_length")
-    batches = PackedBatches(*args, *options, row_length=length)
+    batches = PackedBatches(*args, *options, **more, row_length=length)
     epochs_count = config.train.max_steps is None  # then the whole first epoch is planned now
-    return batches, batches.rows_an_epoch() if epochs_count else len(records)
+    return batches, batches.rows_an_epoch() if epochs_count else len(data)
 
 
 def save_final(model: MMLLMForConditionalGeneration, processor: MMLLMProcessor, folder: Path) -> None:

@@ -40,7 +40,7 @@ def adapt(model: MMLLMForConditionalGeneration, config: TuneConfig) -> list[Para
         return list(getattr(module, "trainable", module.parameters)()) if module is not None else []
 
     if train.connector == "full":
-        params = part("vision_connector") + part("audio_connector")
+        params = part("vision_connector") + part("audio_connector") + part("tile_rows")
         groups.append(ParamGroup("connector", params, rate("connector")))
     if train.injector == "full" and model.injector is not None:
         groups.append(ParamGroup("injector", list(model.injector.parameters()), rate("injector")))

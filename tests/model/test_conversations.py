@@ -155,11 +155,64 @@ def test_choosing_branches_and_length_limits(parts):
     full = assemble(conversation, processor)
     short = assemble(conversation, processor, max_length=len(full.input_ids) - 1)
     assert max(short.branch_ids) == 2 and short.input_ids == full.input_ids[: len(short.input_ids)]
-    cut = assemble(conversation, processor, choose=[1], max_length=25)
-    assert len(cut.input_ids) == 25 and cut.input_ids.count(processor.image_token_id) == processor.image_seq_length
+    with pytest.raises(UserError, match="no turn ends within 25 tokens"):
+        assemble(conversation, processor, choose=[1], max_length=25)
     with pytest.raises(UserError, match="max_length"):
         long = tokenise_conversation({"messages": [user("hm", image()), assistant("yes")]}, processor)
         assemble(long, processor, max_length=10)
+
+
+def test_a_long_conversation_is_cut_after_an_answer_and_loses_the_media_that_follow(parts):
+    _, processor = parts
+    turns = [user(image(0), "Is there a cat?"), assistant("yes"), user(sound(), image(1), "yes?"), assistant("a dog")]
+    first, whole = ({"messages": turns[:n]} for n in (2, 4))
+    alone, full = (encode_conversation(r, processor) for r in (first, whole))
+    for length in (len(alone.input_ids), len(full.input_ids) - 1):
+        cut = encode_conversation(whole, processor, max_length=length)
+        assert cut.input_ids == alone.input_ids and cut.labels == alone.labels
+        assert [m[0] for m in cut.media] == ["image"]
+    assert encode_conversation(whole, processor, max_length=len(full.input_ids)).input_ids == full.input_ids
+    with pytest.raises(UserError, match="no turn ends"):
+        encode_conversation(whole, processor, max_length=len(alone.input_ids) - 1)
+
+
+def document(*content):
+    parts = [{"type": "text", "text": c} if isinstance(c, str) else c for c in content]
+    return {"id": "d", "messages": [{"role": "document", "content": parts}]}
+
+
+def test_a_document_is_its_texts_with_media_in_place_and_no_template(parts):
+    _, processor = parts
+    tokenizer, text = processor.tokenizer, processor.text_ids
+    row = encode_conversation(document("a cat ", image(0), "no dog <image>", image(1)), processor)
+    pictures = [processor.image_token_id] * processor.image_seq_length
+    first, second, end = text("a cat "), text("no dog < image>"), [tokenizer.eos_token_id]
+    assert row.input_ids == [*first, *pictures, *second, *pictures, *end]
+    none = [IGNORE] * len(pictures)
+    assert row.labels == [*first, *none, *second, *none, *end]
+    assert [m[0] for m in row.media] == ["image", "image"]
+    long = len(row.input_ids) - 1
+    assert encode_conversation(document("a cat ", image(0), "no dog <image>", image(1)), processor, max_length=long) \
+        .input_ids == [*first, *pictures, *second]  # fmt: skip
+
+
+def test_a_document_teaches_every_text_token_given_what_stands_before_it(parts):
+    model, processor = parts
+    batch = inputs_of(processor, [encode_conversation(document("a cat ", image(0), "no dog"), processor)])
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        logits = model(**batch).logits[0].log_softmax(-1)
+        loss = model(**batch, labels=labels).loss
+    words = batch["input_ids"][0] != processor.image_token_id
+    told = [-logits[i - 1, batch["input_ids"][0, i]] for i in range(1, len(words)) if words[i]]
+    torch.testing.assert_close(loss, torch.stack(told).mean(), atol=1e-5, rtol=1e-5)
+
+
+def test_a_document_stands_alone(parts):
+    _, processor = parts
+    messages = [*document("a")["messages"], assistant("yes")]
+    with pytest.raises(UserError, match="alone"):
+        encode_conversation({"messages": messages}, processor)
 
 
 def test_bad_conversations_are_told_in_one_line(parts):
