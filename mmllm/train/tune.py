@@ -98,6 +98,20 @@ class ReplaySection(StrictModel):
     weight: float = Field(default=0.1, gt=0, lt=1)
 
 
+class HeldOutSection(StrictModel):
+    """Conversations that are not trained on; their loss is measured at each checkpoint, and the best one is kept.
+
+    Attributes:
+        data: records files in the dataset.
+        limit: the first so many of them.
+        take: the checkpoint whose weights become the result.
+    """
+
+    data: str | list[str]
+    limit: int = Field(default=64, ge=1)
+    take: Literal["last", "best"] = "last"
+
+
 class TuneConfig(StrictModel):
     """Config of ``mmllm pretrain`` and ``mmllm tune``.
 
@@ -115,6 +129,7 @@ class TuneConfig(StrictModel):
         injector: layers inside the LLM through which media reach it, neutral at the start: ``{type:
             gated_cross_attention, every: 4}`` (Flamingo); see ``GatedInjector``.
         replay: text-only conversations mixed in, so that the LLM keeps what it knows.
+        held_out: measures the loss on other conversations at each checkpoint, and keeps the best beside the last ones.
         kl_to_base: weight of the divergence from the LLM without adapters at the supervised tokens of conversations
             without media; 0: none.
         perplexity: text on which a trained LLM is measured before and after: ``built-in``, or a file in the dataset
@@ -137,6 +152,7 @@ class TuneConfig(StrictModel):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     injector: dict[str, Any] | None = None
     replay: ReplaySection | None = None
+    held_out: HeldOutSection | None = None
     kl_to_base: float = Field(default=0.0, ge=0)
     perplexity: str | None = "built-in"
     lora: LoraSection = Field(default_factory=LoraSection)
@@ -183,6 +199,22 @@ def _records(folder: Path, names: str | list[str]) -> list[dict[str, Any]]:
     return [r for name in ([names] if isinstance(names, str) else names) for r in read_records(folder / name)]
 
 
+def _held_out(config: TuneConfig, folder: Path | None) -> list[dict[str, Any]]:
+    """The held-out records; none where they are not asked for.
+
+    Raises:
+        UserError: there are none in the files.
+    """
+    if config.held_out is None:
+        return []
+    if folder is None:
+        raise UserError("held-out records need a dataset", "held_out")
+    found = _records(folder, config.held_out.data)[: config.held_out.limit]
+    if not found:
+        raise UserError("no held-out records", "held_out.data")
+    return found
+
+
 def train_and_save(
     stage: str, config: TuneConfig, records: list[dict[str, Any]], run: Any, folder: Path | None = None
 ) -> None:
@@ -193,6 +225,7 @@ def train_and_save(
     from mmllm.data.packing import PackedBatches
     from mmllm.report.figures import write_figures
     from mmllm.train.chat_media import ChatMedia
+    from mmllm.train.held_out import HeldOutLoss
     from mmllm.train.launch import is_main, set_threads
     from mmllm.train.memory import print_memory
     from mmllm.train.perplexity import Kept, figures, read_texts, told
@@ -215,14 +248,22 @@ def train_and_save(
     groups = adapt(model, config)
     if is_main():
         print(f"{len(records):,} conversations; LLM computes in {str(dtype).split('.')[-1]}", flush=True)
-    media = ChatMedia(model, processor, records, config)
+    others = _held_out(config, folder)
+    media = ChatMedia(model, processor, [*records, *others], config)
     batches, items = make_batches(config, records, processor, media)
     count = TokenCount()
     print_memory(tune_memory(model, groups, config, batches))
     hooks = [count.hook(), *keeping_hooks(model, processor, config)]
-    trainer = MMTrainer(model, batches, groups, config.train, run, items=items, hooks=hooks, unpack_batch=True)
+    held_out = HeldOutLoss(model, others, processor, media, config) if others else None
+    trainer = MMTrainer(
+        model, batches, groups, config.train, run, items=items, hooks=hooks, held_out=held_out, unpack_batch=True
+    )
     kept = Kept(model, processor.tokenizer, texts, config.perplexity)
     trainer.fit()
+    if config.held_out is not None and config.held_out.take == "best":
+        best = trainer.load_best()
+        if is_main():
+            print(f"the weights of step {best} had the lowest held-out loss and are the result", flush=True)
     mind = kept.finish()
     if is_main():
         speed = count.report()
