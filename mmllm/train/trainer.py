@@ -62,8 +62,8 @@ class MMTrainer(Trainer):
         items: number of training items, needed only when the length is given by ``num_train_epochs``.
         hooks: StepHooks, called around every micro-batch.
         also_save: prefixes of frozen parameters that change all the same (a moving-average teacher).
-        held_out: gives the loss on items that are not trained on; measured at each checkpoint, of which the one with the
-            lowest is kept beside the last ones. It must draw from no global random generator.
+        held_out: gives the loss on items that are not trained on; measured at each checkpoint, of which the best is
+            kept beside the last ones. It must draw from no global random generator.
         unpack_batch: call ``model(**batch)`` instead of ``model(batch)``.
         overrides: TrainingArguments that win over the section (a phase's ``max_steps``, ``learning_rate``).
 

@@ -155,7 +155,8 @@ def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
         folder = run.checkpoints() / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "held_out.json").write_text(json.dumps({"held_out_loss": loss}))
-    assert run.best_checkpoint().name == "checkpoint-2"
+    best = run.best_checkpoint()
+    assert best is not None and best.name == "checkpoint-2"
     run.prune(None)
     assert len(run.all_checkpoints()) == 5
     run.prune(2)
