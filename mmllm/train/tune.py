@@ -134,6 +134,8 @@ class TuneConfig(StrictModel):
             without media; 0: none.
         perplexity: text on which a trained LLM is measured before and after: ``built-in``, or a file in the dataset
             (texts parted by empty lines, or JSONL with ``text``); None: not measured.
+        margins: figure of ``mmllm eval`` -> by how much the result should beat the same questions without media
+            (``--blind``), as fractions of 1; nothing of the training depends on it.
         copies: colour-changed copies of each picture's features beside the plain one (frozen vision tower).
     """
 
@@ -155,6 +157,7 @@ class TuneConfig(StrictModel):
     held_out: HeldOutSection | None = None
     kl_to_base: float = Field(default=0.0, ge=0)
     perplexity: str | None = "built-in"
+    margins: dict[str, float] = Field(default_factory=dict)
     lora: LoraSection = Field(default_factory=LoraSection)
     train: TuneTrain = Field(default_factory=TuneTrain)
 
