@@ -36,7 +36,7 @@ ALL = "pope,caption,side,box,interleaved,hear,retrieval"
 @click.option(
     "--margins/--no-margins", default=True, show_default=True, help="Benchmarks: also score the choices, for the AUC."
 )
-@click.option("--blind", is_flag=True, help="Benchmarks: a control without media.")
+@click.option("--blind", is_flag=True, help="Control: no media; a run's margins are judged by it.")
 @click.option("--always-yes", is_flag=True, help="Benchmarks: a control that answers every yes/no question with yes.")
 @click.option("--suite", type=click.Choice(["starter"]), help="Six benchmarks made here, in one go; needs --model.")
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -103,10 +103,12 @@ def command(
 
     if model is None and align is None:
         raise UserError("nothing to measure", do="give --model RUN, --align RUN or both")
-    if style is not None or blind or always_yes:
-        option = "--style" if style is not None else "--blind" if blind else "--always-yes"
+    if style is not None or always_yes:
+        option = "--style" if style is not None else "--always-yes"
         raise UserError("this is for benchmarks", option, "leave it out, or name benchmarks: mmllm eval --list")
     if tasks is None:
         wanted = [t for t in wanted if (align if t == "retrieval" else model) is not None]
-    figures = run_eval(model, data, wanted, decode, limit, out, shuffled is not False, align, seed, command=line)
+    figures = run_eval(
+        model, data, wanted, decode, limit, out, asked["shuffled"], align, seed, command=line, blind=blind
+    )
     print_figures(figures, f"{model or align} on {data}, decoded {decode}")

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mmllm.errors import UserError, unknown
 from mmllm.evaluate.page import write_eval_report
-from mmllm.evaluate.tasks import EvalData, EvalTask, Row, Sample, take_clusters
+from mmllm.evaluate.tasks import EvalData, EvalTask, Row, Sample, take_clusters, without_media
 from mmllm.registry import get, names
 from mmllm.report.figures import Figure, write_figures
 
@@ -40,7 +42,9 @@ def task_names() -> list[str]:
     return [*names("task"), "retrieval"]
 
 
-def make_jobs(tasks: Sequence[EvalTask], shuffled: bool, control_clusters: int | None, seed: int) -> list[Job]:
+def make_jobs(
+    tasks: Sequence[EvalTask], shuffled: bool, control_clusters: int | None, seed: int, blind: bool = False
+) -> list[Job]:
     """Every sample of every task; controls for the first clusters; calibration samples once per kind of task."""
     jobs: list[Job] = []
     calibrated: set[type] = set()
@@ -49,6 +53,8 @@ def make_jobs(tasks: Sequence[EvalTask], shuffled: bool, control_clusters: int |
         jobs += [Job(task, s) for s in samples]
         if shuffled:
             jobs += [Job(task, s) for s in task.control(take_clusters(samples, control_clusters), seed)]
+        if blind:
+            jobs += [Job(task, without_media(s)) for s in take_clusters(samples, control_clusters)]
         if type(task) not in calibrated:
             calibrated.add(type(task))
             jobs += [Job(task, s, calibration=True) for s in task.calibration_samples()]
@@ -93,7 +99,7 @@ def media_portions(jobs: Sequence[Job], size: int) -> list[list[Job]]:
     portions: list[list[Job]] = []
     last: list[str] | None = None
     for job in jobs:
-        if not portions or (len(portions[-1]) >= size and job.sample.media != last):
+        if not portions or (len(portions[-1]) >= size and (job.sample.media != last or not last)):
             portions.append([])
         portions[-1].append(job)
         last = job.sample.media
@@ -124,8 +130,40 @@ def finish(tasks: Sequence[EvalTask], jobs: Sequence[Job]) -> list[Figure]:
         task.calibrate([j.row for j in jobs if j.calibration and type(j.task) is type(task) and j.row])
         rows = [j.row for j in jobs if j.task is task and not j.calibration and j.row]
         if rows:
-            figures += task.aggregate(rows)
+            figures += with_blind(task, rows)
     return figures
+
+
+def with_blind(task: EvalTask, rows: Sequence[Row]) -> list[Figure]:
+    """A task's figures; where it was also asked without media, each with that control, and ``NAME_over_blind``, the
+    paired difference to it."""
+    blind = [r for r in rows if r.sample.control and not r.sample.media]
+    figures = task.aggregate([r for r in rows if r.sample.media])
+    if not blind:
+        return figures
+    # To the task it is a control like the other: what it says about that one, it now says about this one.
+    found = {f.name: f for f in task.aggregate([r for r in rows if not r.sample.control] + blind)}
+    for f in figures:
+        other = found.get(f.name)
+        if other is not None and other.control is not None:
+            entry = {"value": other.control, "low": other.control_low, "high": other.control_high}
+            f.controls = {**(f.controls or {}), "blind": entry}
+    for f in found.values():
+        if f.name.endswith("_over_shuffled"):
+            f.name, f.note = f.name.replace("_over_shuffled", "_over_blind"), "paired difference to no media"
+            figures.append(f)
+    return figures
+
+
+def judge_margins(figures: Sequence[Figure], model_path: str | Path | None) -> None:
+    """Compares what a run gains over its blind control with the ``margins`` that its config states."""
+    file = Path(str(model_path)) / "config.yaml"
+    stated = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("margins") if file.is_file() else None
+    for f in figures:
+        name = f.name.removesuffix("_over_blind")
+        if f.name.endswith("_over_blind") and name in (stated or {}):
+            f.target = float((stated or {})[name])
+            f.verdict = "met" if f.value is not None and f.value >= f.target else "missed"
 
 
 def write_predictions(path: Path, jobs: Sequence[Job]) -> None:
@@ -185,6 +223,7 @@ def run_eval(
     control_clusters: int | None = CONTROL_CLUSTERS,
     decoder: Any = None,
     command: str = "mmllm eval",
+    blind: bool = False,
 ) -> list[Figure]:
     """Evaluates a model; ``out`` gets ``results.json``, ``predictions.jsonl``, ``report.html`` and ``trace.json``.
 
@@ -197,6 +236,7 @@ def run_eval(
         out: folder for the output; default ``eval`` in the model's (or align run's) folder.
         shuffled: also ask about shuffled media, for the first ``control_clusters`` scenes of each task.
         align: align run for ``retrieval``.
+        blind: also ask the same without media; a run's own ``margins`` are judged by it.
         decoder: anything with the decoder's ``score`` and ``generate``; made from ``model_path`` when absent.
 
     Raises:
@@ -230,11 +270,12 @@ def run_eval(
     folder = Path(out) if out is not None else Path(str(home)) / "eval"
     folder.mkdir(parents=True, exist_ok=True)
 
-    jobs = make_jobs(asked, shuffled, control_clusters, seed)
+    jobs = make_jobs(asked, shuffled, control_clusters, seed, blind)
     figures: list[Figure] = []
     if jobs:
         answer_jobs(decoder, jobs, spec, seed)
         figures += finish(asked, jobs)
+        judge_margins(figures, model_path)
         write_predictions(folder / "predictions.jsonl", jobs)
         write_trace(folder / "trace.json", decoder, jobs[0], spec, seed)
     if "retrieval" in chosen:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ class Sample:
         question: the words of the prompt.
         gold: the true answer, in whatever form the task's ``judge`` wants.
         choices: the answers to choose from by probability; None asks for free text.
-        control: True when the media were shuffled among the samples.
+        control: True when the media were shuffled among the samples, or taken away (then ``media`` is empty).
         meta: further facts for predictions.jsonl and the report (objects, boxes).
     """
 
@@ -47,6 +47,8 @@ class Sample:
 
     def messages(self) -> list[dict[str, Any]]:
         """One user turn: media first, then the question, as in training."""
+        if not self.media:
+            return [{"role": "user", "content": [{"type": "text", "text": self.question}]}]
         prefix = picture_prefix(self.media) if self.kind == "image" else sound_prefix(self.media[0])
         parts = [dict(part) for part in prefix[0]["content"]]
         return [{"role": "user", "content": [*parts, {"type": "text", "text": self.question}]}]
@@ -206,6 +208,11 @@ def shuffled(sample: Sample, media: list[str]) -> Sample:
     """The control twin of a sample."""
     return Sample(sample.id, sample.cluster, media, sample.question, sample.gold, sample.choices, sample.kind, True,
                   sample.meta)  # fmt: skip
+
+
+def without_media(sample: Sample) -> Sample:
+    """The blind twin of a sample: the question alone."""
+    return replace(sample, media=[], control=True)
 
 
 def pooled_figures(

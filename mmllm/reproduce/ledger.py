@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmllm.train.run import write_json
+from mmllm.train.disk import write_json
 
 DONE, TIME = "done.json", "seconds.json"
 

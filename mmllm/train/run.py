@@ -20,11 +20,13 @@ import yaml
 from mmllm import __version__
 from mmllm.config import StrictModel, dump_config
 from mmllm.errors import UserError
+from mmllm.train.disk import PART, clear_leftovers, publish_folder, remove_folder, write_json, write_text, writing
 from mmllm.train.launch import available_cores, is_main, world_size
 
 # Keys that may differ between a run and its resumption: they change what is written, not what is computed.
 FREE_ON_RESUME = frozenset({"logging_steps", "save_steps", "save_total_limit", "report_to", "run_name", "prefetch"})
 REJECTED = "rejected*.jsonl"
+HELD_OUT = "held_out.json"  # of a checkpoint: its loss on held-out items
 
 
 def describe_machine() -> str:
@@ -51,30 +53,6 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never half of it."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as f:
-        f.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
-        f.flush()
-        os.fsync(f.fileno())
-    part.replace(path)
-
-
-def publish_folder(part: Path, final: Path) -> None:
-    """Renames a finished ``part`` folder to ``final``, after its files have reached the disk."""
-    for file in part.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as f:
-                os.fsync(f.fileno())
-    old = final.with_name(final.name + ".old")
-    if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-    part.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -163,31 +141,38 @@ class RunFolder:
             raise UserError("not a folder", path, "give another --out")
         if (path / "run.json").exists():
             run._adopt(config, resume)
-        elif path.is_dir() and any(not p.match(REJECTED) for p in path.iterdir()):
+        elif path.is_dir() and any(not p.match(REJECTED) and p.suffix != PART for p in path.iterdir()):
             raise UserError("this folder holds something else, not a run", path, "give another --out")
         try:
-            (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            path.mkdir(parents=True, exist_ok=True)
+            for folder in (path, *run.checkpoint_folders()):
+                clear_leftovers(folder)
         except OSError as e:
             raise UserError(f"cannot write here ({e.strerror})", path, "give another --out") from None
-        for leftover in [*path.glob("*.part"), *(path / "checkpoints").rglob("*.part")]:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         if run.finished:
             return run
-        dump_config(config, path / "config.yaml")
         before = run.info() if run.resumed else {}
-        info = before | {  # a stage may keep more there (``update``)
-            "stage": stage,
-            "status": "running",
-            "command": shlex.join(command if command is not None else ["mmllm", *sys.argv[1:]]),
-            "seed": seed,
-            "versions": versions(),
-            "machine": describe_machine(),
-            "sources": list(sources),
-            "processes": world_size(),
-            "started": before.get("started", time.strftime("%Y-%m-%dT%H:%M:%S%z")),
-            "seconds": before.get("seconds", 0.0),
-        }
-        write_json(path / "run.json", info)
+        info = (
+            before
+            | {  # a stage may keep more there (``update``)
+                "stage": stage,
+                "status": "running",
+                "command": shlex.join(command if command is not None else ["mmllm", *sys.argv[1:]]),
+                "seed": seed,
+                "versions": versions(),
+                "machine": describe_machine(),
+                "sources": list(sources),
+                "processes": world_size(),
+                "started": before.get("started", time.strftime("%Y-%m-%dT%H:%M:%S%z")),
+                "seconds": before.get("seconds", 0.0),
+            }
+        )
+        with writing("the run's settings", path, "make room, or give another --out"):
+            write_json(path / "run.json", info)  # first: a folder with anything in it is a run's only by this
+            part = path / f"config.yaml{PART}"
+            dump_config(config, part)
+            part.replace(path / "config.yaml")
+            run.checkpoints().mkdir(exist_ok=True)
         return run
 
     def _adopt(self, config: StrictModel, resume: bool) -> None:
@@ -229,15 +214,37 @@ class RunFolder:
         """Where the checkpoints of a phase (or of the whole run) lie."""
         return self.path / "checkpoints" / phase if phase else self.path / "checkpoints"
 
-    def last_checkpoint(self, phase: str = "") -> Path | None:
-        """The newest complete checkpoint; a half-written one is never seen, since it has another name."""
+    def checkpoint_folders(self) -> list[Path]:
+        """All folders that may hold checkpoints: of the run, and of its phases."""
+        root = self.checkpoints()
+        phases = [p for p in root.glob("*") if p.is_dir() and not p.name.startswith("checkpoint-")]
+        return [root, *phases] if root.is_dir() else []
+
+    def all_checkpoints(self, phase: str = "") -> list[Path]:
+        """The complete checkpoints, oldest first; a half-written one is never seen, since it has another name."""
         found = [p for p in self.checkpoints(phase).glob("checkpoint-*") if p.name.split("-")[1].isdigit()]
-        return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
+        return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+
+    def last_checkpoint(self, phase: str = "") -> Path | None:
+        """The newest complete checkpoint."""
+        return next(reversed(self.all_checkpoints(phase)), None)
+
+    def best_checkpoint(self, phase: str = "") -> Path | None:
+        """The checkpoint of the lowest held-out loss, the earlier of equals; None where none was measured."""
+        measured = [p for p in self.all_checkpoints(phase) if (p / HELD_OUT).is_file()]
+        return min(measured, key=lambda p: json.loads((p / HELD_OUT).read_text())["held_out_loss"], default=None)
+
+    def prune(self, keep: int | None, phase: str = "") -> None:
+        """Removes all checkpoints but the last ``keep`` and the best; None keeps all."""
+        best = self.best_checkpoint(phase)
+        for old in self.all_checkpoints(phase)[:-keep] if keep else []:
+            if old != best:
+                remove_folder(old)
 
     def log(self, row: dict[str, Any]) -> None:
         """Appends one line to ``metrics.jsonl``."""
         if is_main():
-            with self.metrics_file.open("a", encoding="utf-8") as f:
+            with writing("metrics", self.metrics_file), self.metrics_file.open("a", encoding="utf-8") as f:
                 f.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
@@ -253,9 +260,8 @@ class RunFolder:
         """Drops the metric lines of ``phase`` after ``step``: a resumed run writes them again."""
         if is_main() and self.metrics_file.exists():
             rows = [r for r in self.read_metrics() if r.get("phase", "") != phase or r.get("step", 0) <= step]
-            part = self.metrics_file.with_name("metrics.jsonl.part")
-            part.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
-            part.replace(self.metrics_file)
+            with writing("metrics", self.metrics_file):
+                write_text(self.metrics_file, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
 
     @contextlib.contextmanager
     def begun(self) -> Iterator[None]:
@@ -285,13 +291,14 @@ class RunFolder:
         """
         part = self.path / "final.part"
         shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
         try:
-            yield part
+            with writing("the result", self.path / "final"):
+                part.mkdir(parents=True)
+                yield part
+                publish_folder(part, self.path / "final")
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
-        publish_folder(part, self.path / "final")
         self.update(status="finished", finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
 
     def update(self, **values: Any) -> None:
@@ -301,4 +308,5 @@ class RunFolder:
             now = time.time()
             info["seconds"] = round(info.get("seconds", 0.0) + now - self._started, 1)
             self._started = now
-            write_json(self.path / "run.json", info | values)
+            with writing("run.json", self.path):
+                write_json(self.path / "run.json", info | values)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -20,10 +20,11 @@ from mmllm.contracts import StepHook
 from mmllm.data.loader import loader_plan
 from mmllm.errors import UserError
 from mmllm.train.batches import BatchFn, StepBatches
+from mmllm.train.disk import publish_folder, writing
 from mmllm.train.launch import available_cores, is_main, local_processes, set_threads
 from mmllm.train.params import ParamGroup, as_groups, print_trainable
 from mmllm.train.progress import MetricsLog, ProgressReport
-from mmllm.train.run import RunFolder, publish_folder
+from mmllm.train.run import HELD_OUT, RunFolder
 from mmllm.train.section import TrainSection
 
 WEIGHTS = "model.safetensors"
@@ -61,6 +62,8 @@ class MMTrainer(Trainer):
         items: number of training items, needed only when the length is given by ``num_train_epochs``.
         hooks: StepHooks, called around every micro-batch.
         also_save: prefixes of frozen parameters that change all the same (a moving-average teacher).
+        held_out: gives the loss on items that are not trained on; measured at each checkpoint, of which the best is
+            kept beside the last ones. It must draw from no global random generator.
         unpack_batch: call ``model(**batch)`` instead of ``model(batch)``.
         overrides: TrainingArguments that win over the section (a phase's ``max_steps``, ``learning_rate``).
 
@@ -81,6 +84,7 @@ class MMTrainer(Trainer):
         items: int | None = None,
         hooks: Sequence[StepHook] = (),
         also_save: Sequence[str] = (),
+        held_out: Callable[[], float] | None = None,
         unpack_batch: bool = False,
         **overrides: Any,
     ):
@@ -88,6 +92,7 @@ class MMTrainer(Trainer):
         self.batch_fn, self.section, self.run, self.phase = batch_fn, section, run, phase
         self.groups = as_groups(groups)
         self.hooks, self.also_save, self.unpack_batch = list(hooks), tuple(also_save), unpack_batch
+        self.held_out = held_out
         args = section.to_arguments(run.checkpoints(phase), items, **overrides)
         self.progress = ProgressReport(phase or run.stage)
         self._saving_to: Path | None = None
@@ -299,23 +304,50 @@ class MMTrainer(Trainer):
             shutil.rmtree(self._saving_to, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         part = self._saving_to
+        measured = None if self.held_out is None else self._measure_held_out()
         try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, SafetensorError) as e:
+            with writing("a checkpoint", folder):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if is_main():
+                    if measured is not None:
+                        (part / name / HELD_OUT).write_text(json.dumps({"held_out_loss": measured}))
+                    publish_folder(part / name, folder / name)
+                    part.rmdir()
+        except UserError:
             shutil.rmtree(part, ignore_errors=True)
-            why = f"cannot write a checkpoint ({getattr(e, 'strerror', None) or e})"
-            raise UserError(why, folder, "make room, then go on with --resume") from None
+            raise
         finally:
             self._saving_to = None
-        self.accelerator.wait_for_everyone()
         if is_main():
-            publish_folder(part / name, folder / name)
-            part.rmdir()
+            self.run.prune(self.args.save_total_limit, self.phase)
             self.run.update()
-            kept = sorted(folder.glob("checkpoint-*[0-9]"), key=lambda p: int(p.name.split("-")[1]))
-            for old in kept[: -(self.args.save_total_limit or len(kept))]:
-                shutil.rmtree(old, ignore_errors=True)
         self.accelerator.wait_for_everyone()
+
+    def _measure_held_out(self) -> float:
+        """The held-out loss in evaluation mode, also written to ``metrics.jsonl``; every module's mode comes back."""
+        assert self.held_out is not None
+        modes = [(m, m.training) for m in self.model.modules()]
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                loss = float(self.held_out())
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        phase = {"phase": self.phase} if self.phase else {}
+        self.run.log({"step": self.state.global_step, **phase, "held_out_loss": loss})
+        if is_main():
+            print(f"{self.phase or self.run.stage} {self.state.global_step}: held-out loss {loss:.4f}", flush=True)
+        return loss
+
+    def load_best(self) -> int | None:
+        """Takes the weights of the checkpoint with the lowest held-out loss; returns its step."""
+        best = self.run.best_checkpoint(self.phase)
+        if best is None:
+            return None
+        self._load_from_checkpoint(str(best))
+        return int(best.name.split("-")[1])
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir) if output_dir else self.run.checkpoints(self.phase)

@@ -110,6 +110,20 @@ class ReplaySection(StrictModel):
     weight: float = Field(default=0.1, gt=0, lt=1)
 
 
+class HeldOutSection(StrictModel):
+    """Conversations that are not trained on; their loss is measured at each checkpoint, and the best one is kept.
+
+    Attributes:
+        data: records files in the dataset.
+        limit: the first so many of them.
+        take: the checkpoint whose weights become the result.
+    """
+
+    data: str | list[str]
+    limit: int = Field(default=64, ge=1)
+    take: Literal["last", "best"] = "last"
+
+
 class TuneConfig(StrictModel):
     """Config of ``mmllm pretrain`` and ``mmllm tune``.
 
@@ -134,10 +148,13 @@ class TuneConfig(StrictModel):
             gated_cross_attention, every: 4}`` (Flamingo); see ``GatedInjector``.
         tiling: large pictures are cut; see ``TilingSection``.
         replay: text-only conversations mixed in, so that the LLM keeps what it knows.
+        held_out: measures the loss on other conversations at each checkpoint, and keeps the best beside the last ones.
         kl_to_base: weight of the divergence from the LLM without adapters at the supervised tokens of conversations
             without media; 0: none.
         perplexity: text on which a trained LLM is measured before and after: ``built-in``, or a file in the dataset
             (texts parted by empty lines, or JSONL with ``text``); None: not measured.
+        margins: figure of ``mmllm eval`` -> by how much the result should beat the same questions without media
+            (``--blind``), as fractions of 1; nothing of the training depends on it.
         copies: colour-changed copies of each picture's features beside the plain one (frozen vision tower).
     """
 
@@ -160,8 +177,10 @@ class TuneConfig(StrictModel):
     injector: dict[str, Any] | None = None
     tiling: TilingSection | None = None
     replay: ReplaySection | None = None
+    held_out: HeldOutSection | None = None
     kl_to_base: float = Field(default=0.0, ge=0)
     perplexity: str | None = "built-in"
+    margins: dict[str, float] = Field(default_factory=dict)
     lora: LoraSection = Field(default_factory=LoraSection)
     train: TuneTrain = Field(default_factory=TuneTrain)
 
@@ -208,6 +227,14 @@ def read_data(config: TuneConfig, folder: Path, rejected: Any) -> ChatData:
     return data.joined(replay, config.replay.weight)
 
 
+def held_out_records(config: TuneConfig, folder: Path, rejected: Any) -> list[dict[str, Any]]:
+    """The held-out records; none where they are not asked for."""
+    if config.held_out is None:
+        return []
+    files: Any = config.held_out.data
+    return read_chat(files, folder, rejected, config.held_out.limit).records
+
+
 def train_and_save(stage: str, config: TuneConfig, run: Any, folder: Path) -> None:
     """Reads the data, makes the model, trains it and writes ``final/``; ``folder`` is the dataset's."""
     from transformers import set_seed
@@ -217,6 +244,7 @@ def train_and_save(stage: str, config: TuneConfig, run: Any, folder: Path) -> No
     from mmllm.data.rejected import Rejected
     from mmllm.report.figures import write_figures
     from mmllm.train.chat_media import ChatMedia
+    from mmllm.train.held_out import HeldOutLoss
     from mmllm.train.launch import is_main, rank, set_threads
     from mmllm.train.memory import print_memory
     from mmllm.train.perplexity import Kept, figures, read_texts, told
@@ -239,7 +267,8 @@ def train_and_save(stage: str, config: TuneConfig, run: Any, folder: Path) -> No
     check_template(config, data, processor)
     fast_attention(model, config)
     groups = adapt(model, config)
-    media = ChatMedia(model, processor, data.records, config)
+    others = held_out_records(config, folder, rejected)
+    media = ChatMedia(model, processor, [*data.records, *others], config)
     data, tokenised = fitting(data, processor, media, config, rejected)
     many = any(len(r.get("branches") or []) > 1 for r in data.records)
     if model.takes_text and config.branches_per_row != 1 and many:
@@ -253,9 +282,16 @@ def train_and_save(stage: str, config: TuneConfig, run: Any, folder: Path) -> No
     count = TokenCount()
     print_memory(tune_memory(model, groups, config, batches))
     hooks = [count.hook(), *keeping_hooks(model, processor, config)]
-    trainer = MMTrainer(model, batches, groups, config.train, run, items=items, hooks=hooks, unpack_batch=True)
+    held_out = HeldOutLoss(model, others, processor, media, config) if others else None
+    trainer = MMTrainer(
+        model, batches, groups, config.train, run, items=items, hooks=hooks, held_out=held_out, unpack_batch=True
+    )
     kept = Kept(model, processor.tokenizer, texts, config.perplexity)
     trainer.fit()
+    if config.held_out is not None and config.held_out.take == "best":
+        best = trainer.load_best()
+        if is_main():
+            print(f"the weights of step {best} had the lowest held-out loss and are the result", flush=True)
     mind = kept.finish()
     if is_main():
         speed = count.report()

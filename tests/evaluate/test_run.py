@@ -79,7 +79,7 @@ class Seeing:
     def look(self, request):
         parts = request.messages[0]["content"]
         media = [str(p["path"]).split("/")[-1] for p in parts if p["type"] != "text"]
-        return [self.contents.get(m, m) for m in media], parts[-1]["text"]
+        return [self.contents.get(m, m) for m in media] or [[]], parts[-1]["text"]
 
     def evidence(self, request, candidate):
         shown, question = self.look(request)
@@ -103,6 +103,15 @@ class Seeing:
             place = format_box(thing["xyxy"]) if thing else "nowhere"
             out.append(Result(place if question.startswith("Where") else caption(boxes).answer))
         return out
+
+
+class NoPicture(Seeing):
+    """Sees what there is; the interleaved question is about the first picture where there is no second."""
+
+    def evidence(self, request, candidate):
+        if len(request.messages[0]["content"]) == 1:
+            return float(candidate == "no")
+        return super().evidence(request, candidate)
 
 
 class Blind(Seeing):
@@ -137,6 +146,29 @@ def test_a_seeing_model_is_perfect_and_its_control_is_not(dataset, tmp_path):
     assert got["pope_accuracy_seen"].n == 240 and got["pope_yes_ratio_seen"].value == 0.5
     assert got["hear_accuracy"].chance == 0.25 and got["pope_accuracy_seen_over_shuffled"].low > 0.2
     assert {f.name for f in read_figures(tmp_path / "results.json")} == set(got)
+
+
+def test_without_media_a_seeing_model_is_blind_and_margins_are_judged(dataset, tmp_path):
+    """No picture: it says no to everything, so it is right where that is true."""
+    (tmp_path / "model").mkdir()
+    stated = {"pope_accuracy_seen": 0.5, "box_accuracy_iou50": 0.99, "caption_recall_seen": 1.01}
+    (tmp_path / "model" / "config.yaml").write_text(json.dumps({"margins": stated}))
+    tasks = ["pope", "caption", "box", "interleaved", "side"]
+    figures = run_eval(tmp_path / "model", dataset, tasks, decoder=NoPicture(dataset), blind=True)
+    got = {f.name: f for f in figures}
+    blind = got["pope_accuracy_seen"].controls["blind"]
+    assert blind["value"] == 0.5 and got["pope_accuracy_seen"].control not in (None, 0.5)
+    over = got["pope_accuracy_seen_over_blind"]
+    assert over.value == 0.5 and over.n == 240 and (over.target, over.verdict) == (0.5, "met")
+    assert got["box_accuracy_iou50"].controls["blind"]["value"] == 0
+    assert got["box_accuracy_iou50_over_blind"].verdict == "met"
+    assert got["caption_recall_seen_over_blind"].verdict == "missed"
+    assert got["side_accuracy_seen_over_blind"].target is None and "pope_accuracy_seen_over_shuffled" in got
+    rows = [json.loads(x) for x in (tmp_path / "model" / "eval" / "predictions.jsonl").read_text().splitlines()]
+    assert sum(not r["media"] for r in rows) == sum(r["control"] and bool(r["media"]) for r in rows) > 0
+    plain = {f.name: f for f in run_eval("m", dataset, tasks, out=tmp_path / "o", decoder=Seeing(dataset))}
+    assert plain["pope_accuracy_seen"].value == got["pope_accuracy_seen"].value
+    assert plain["pope_accuracy_seen"].control == got["pope_accuracy_seen"].control
 
 
 def test_a_blind_model_does_not_beat_its_control(dataset, tmp_path):

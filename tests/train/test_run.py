@@ -147,3 +147,46 @@ def test_reading_what_is_no_run(tmp_path):
 
 def test_machine_is_one_line():
     assert "cores" in describe_machine() and "\n" not in describe_machine()
+
+
+def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
+    run = open_run(tmp_path / "run")
+    for step, loss in ((1, 0.9), (2, 0.4), (3, 0.4), (4, 0.7), (10, 0.8)):
+        folder = run.checkpoints() / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "held_out.json").write_text(json.dumps({"held_out_loss": loss}))
+    best = run.best_checkpoint()
+    assert best is not None and best.name == "checkpoint-2"
+    run.prune(None)
+    assert len(run.all_checkpoints()) == 5
+    run.prune(2)
+    assert [p.name for p in run.all_checkpoints()] == ["checkpoint-2", "checkpoint-4", "checkpoint-10"]
+    assert len(list(run.checkpoints().iterdir())) == 3
+
+
+def test_what_a_kill_leaves_is_cleared_and_no_good_folder_is_lost(tmp_path):
+    run = open_run(tmp_path / "run")
+    phase = run.checkpoints("regions")
+    for folder in ("checkpoint-5.old", "checkpoint-9", "checkpoint-9.old", "checkpoint-12.part"):
+        (phase / folder).mkdir(parents=True)
+    (phase / "checkpoint-5.old" / "weights").write_text("good")
+    open_run(tmp_path / "run", resume=True)
+    assert sorted(p.name for p in phase.iterdir()) == ["checkpoint-5", "checkpoint-9"]
+    assert (phase / "checkpoint-5" / "weights").read_text() == "good"
+
+
+def test_a_kill_while_the_folder_is_made_leaves_one_that_can_be_started(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json.part").write_text("{")
+    assert not open_run(tmp_path / "run", resume=True).resumed
+    (tmp_path / "run" / "config.yaml").unlink()  # killed between the two files
+    (tmp_path / "run" / "config.yaml.part").write_text("data: st")
+    assert open_run(tmp_path / "run", resume=True).resumed
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"] == "starter:fast"
+
+
+def test_a_log_that_cannot_be_written_is_told_in_one_line(tmp_path):
+    run = open_run(tmp_path / "run")
+    run.metrics_file.symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"cannot write metrics \(No space left on device\).*make room"):
+        run.log({"step": 1})

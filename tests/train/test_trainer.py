@@ -378,3 +378,72 @@ def test_groups_must_match_what_trains(tmp_path):
     run = RunFolder.open(tmp_path / "run", "toy", section)
     with pytest.raises(ValueError, match="tower.weight"):
         MMTrainer(model, lambda i, r, w: {}, groups, section, run).fit()
+
+
+def test_a_disk_that_fills_up_harms_no_checkpoint(tmp_path):
+    """The optimizer's state no longer fits at step 4: torch.save says so as a RuntimeError about its zip file."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.inner = nn.Linear(200, 200)
+
+        def forward(self, batch):
+            return {"loss": self.inner(batch["x"]).square().mean()}
+
+    class Fill(StepHook):
+        def before_forward(self, model, batch, step):
+            if step == 3:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))  # weights 161 kB, moments 322 kB
+
+    def batch(step, rank, world):
+        return {"x": torch.full((2, 200), step / 10)}
+
+    whole = make(tmp_path, Wide(), batch, name="whole", save_steps=2)
+    whole.fit()
+    filling = make(tmp_path, Wide(), batch, name="cut", save_steps=2, hooks=[Fill()])
+    try:
+        with pytest.raises(UserError, match="cannot write a checkpoint .*make room, then go on with --resume"):
+            filling.fit()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [p.name for p in filling.run.checkpoints().iterdir()] == ["checkpoint-2"]
+    again = make(tmp_path, Wide(), batch, name="cut", save_steps=2)
+    assert again.fit()["resumed_from"] == 2
+    assert_bit_equal(whole.model.state_dict(), again.model.state_dict())
+
+
+def test_the_best_checkpoint_is_kept_and_measuring_changes_nothing(tmp_path):
+    losses = iter([0.5, 0.2, 0.9, 0.8])
+    modes = []
+
+    def measured():
+        modes.append(model.training)
+        return next(losses)
+
+    def batch(step, rank, world):
+        return {"x": torch.ones(4, 8) * step, "y": torch.ones(4, 1)}
+
+    torch.manual_seed(0)
+    model, plain = Noisy(True), Noisy(True)
+    plain.load_state_dict(model.state_dict())
+    section = TrainSection(max_steps=4, threads=1, save_steps=1, save_total_limit=1, logging_steps=1)
+    folders = [RunFolder.open(tmp_path / n, "toy", section) for n in ("measured", "plain")]
+    groups = [set_trainable(m, [("head", m.head.parameters(), None)]) for m in (model, plain)]
+    trainer = MMTrainer(model, batch, groups[0], section, folders[0], held_out=measured)
+    trainer.fit()
+    MMTrainer(plain, batch, groups[1], section, folders[1]).fit()
+    assert modes == [False] * 4
+    assert_bit_equal(model.state_dict(), plain.state_dict())
+    assert [p.name for p in folders[0].all_checkpoints()] == ["checkpoint-2", "checkpoint-4"]
+    assert [p.name for p in folders[1].all_checkpoints()] == ["checkpoint-4"]
+    rows = [(r["step"], r["held_out_loss"]) for r in folders[0].read_metrics() if "held_out_loss" in r]
+    assert rows == [(1, 0.5), (2, 0.2), (3, 0.9), (4, 0.8)]
+    assert trainer.load_best() == 2
+    best = load_file(folders[0].path / "checkpoints" / "checkpoint-2" / "model.safetensors")
+    assert torch.equal(model.head.weight, best["head.weight"]) and not torch.equal(
+        plain.head.weight, best["head.weight"]
+    )

@@ -243,3 +243,30 @@ def test_a_mistake_before_training_leaves_no_folder(world, tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         tune("pretrain", parse_config(settings, TuneConfig), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_weights_with_the_lowest_held_out_loss_become_the_result(world, tmp_path):
+    """Held-out answers are the wrong ones: their loss rises as soon as colours are learned."""
+    rows = (world / "train.jsonl").read_text().splitlines()[:9]
+    swapped = [r.replace('"yes"', '"?"').replace('"no"', '"yes"').replace('"?"', '"no"') for r in rows]
+    (world / "other.jsonl").write_text("\n".join(swapped) + "\n")
+    train = {"llm": "full", "max_steps": 40, "save_steps": 10, "save_total_limit": 1}
+    held_out = {"data": "other.jsonl", "take": "best"}
+    run = tune("tune", config(world, train=train, held_out=held_out), tmp_path / "r")
+    losses = {
+        r["step"]: r["held_out_loss"]
+        for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        if "held_out_loss" in r
+    }
+    assert sorted(losses) == [10, 20, 30, 40]
+    best = min(losses, key=lambda s: losses[s])
+    assert best != 40, losses
+    kept = {p.name for p in (run / "checkpoints").iterdir()}
+    assert kept == {f"checkpoint-{best}", "checkpoint-40"}
+    saved = load_file(run / "checkpoints" / f"checkpoint-{best}" / "model.safetensors")
+    final = weights(run)
+    for name in saved:
+        if name.startswith("vision_connector"):
+            assert torch.equal(saved[name], final[name]), name
+    with pytest.raises(UserError, match="nothere.jsonl"):
+        tune("tune", config(world, held_out={"data": "nothere.jsonl"}), tmp_path / "n")

@@ -13,7 +13,7 @@ import numpy as np
 
 from mmllm.evaluate.run import Progress
 from mmllm.evaluate.tasks import Sample
-from mmllm.train.run import write_json
+from mmllm.train.disk import write_json
 
 PICTURES = 8  # a portion's pictures when scoring: what a kill may cost
 CAPTIONS = 16  # a portion's captions
