@@ -122,11 +122,12 @@ class MediaParts:
         return any(c is not None and c.takes_text for c in (self.vision_connector, self.audio_connector))
 
     def unused_connectors(self, *media: Tensor | None) -> Tensor | float:
-        """With several processes: zero, from the parameters of a connector whose modality this batch lacks.
+        """Zero, from the parameters of a connector whose modality this batch lacks.
 
-        Otherwise a process without a picture would give no gradient where the others wait for one.
+        Otherwise a process without a picture would give no gradient where the others wait for one. One process does the
+        same, so that the optimizer's counts and momenta do not depend on the number of processes.
         """
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if not torch.is_grad_enabled():
             return 0.0
         pictures, sounds = any(m is not None for m in media[:2]), any(m is not None for m in media[2:])
         parts = [(self.vision_connector, pictures), (self.audio_connector, sounds)]
