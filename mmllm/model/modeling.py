@@ -61,6 +61,7 @@ class MMLLMForConditionalGeneration(MediaParts, PreTrainedModel, GenerationMixin
         )
         self.injector = build_injector(config.injector) if config.injector else None
         watch_layers(self.language_model)
+        self.idle_media = None
         self._chunked_loss: bool | None = None  # whether the head's loss is known to be this LLM's; tried once
         self.post_init()
 

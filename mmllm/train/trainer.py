@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from collections.abc import Sequence
 from operator import itemgetter
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -25,6 +27,7 @@ from mmllm.train.params import ParamGroup, as_groups, print_trainable
 from mmllm.train.progress import MetricsLog, ProgressReport
 from mmllm.train.run import RunFolder, publish_folder
 from mmllm.train.section import TrainSection
+from mmllm.train.sharding import check_sharded, layer_classes, make_whole, shards_on_cpu, whole_state
 
 WEIGHTS = "model.safetensors"
 
@@ -125,9 +128,9 @@ class MMTrainer(Trainer):
                 self.train(resume_from_checkpoint=str(last) if last else None)
                 if self.run.last_checkpoint(self.phase) is None:  # save_strategy "no": still mark the phase as done
                     self._save_checkpoint(self.model_wrapped, None)
+            self._free_model()
         finally:
             self.progress.close()
-            self._free_model()
         self.run.update()
         rows = [r for r in self.run.read_metrics() if r.get("phase", "") == self.phase and "loss" in r]
         ended = rows[-1] if rows else {}
@@ -138,10 +141,25 @@ class MMTrainer(Trainer):
             "resumed_from": start,
         }
 
+    def create_accelerator_and_postprocess(self) -> None:
+        asked = self.args.fsdp_plugin_args is not None
+        llm = getattr(self.model, "language_model", None)
+        if asked and llm is not None:
+            names = ",".join(layer_classes(llm))
+            self.args.fsdp_plugin_args.setdefault("transformer_cls_names_to_wrap", names)
+        with shards_on_cpu(asked or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"):
+            super().create_accelerator_and_postprocess()
+        check_sharded(asked, self.is_fsdp_enabled)
+
     def _free_model(self) -> None:
-        """Takes off what accelerate has wrapped around the model (autocast, DDP), so that later use is plain."""
+        """Takes off what accelerate has wrapped around the model (autocast, DDP), so that later use is plain.
+
+        A model that was sharded is whole in process 0 alone, on the CPU.
+        """
         vars(self.model_wrapped).pop("zero_grad", None)
         self.model = self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
+        if not self._native_format():
+            make_whole(self.model)
         self.model_wrapped = self.model
         self.accelerator.free_memory()
 
@@ -187,7 +205,13 @@ class MMTrainer(Trainer):
     # frozen model that costs more than training a small connector, so these touch only what trains.
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        sharded = None if self._native_format() else resume_from_checkpoint
+        if sharded is not None:  # the weights go in while the model is whole, the optimizer's shards after it
+            self._load_from_checkpoint(sharded)
+            resume_from_checkpoint = None
         model, loader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if sharded is not None:
+            self._load_shards(sharded)
         self._trained = [p for group in self.groups for p in group.params]
         if self._native_format():
             model.zero_grad = self._zero_grad
@@ -317,6 +341,34 @@ class MMTrainer(Trainer):
                 shutil.rmtree(old, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self._native_format():
+            super().save_model(output_dir, _internal_call)
+            return
+        state = whole_state(self.model, self._state_names())
+        if is_main():
+            self._save(output_dir, state)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Shards keep their own format, without the frozen weights and, for FSDP, without those of ``save_model``."""
+        if self._native_format():
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        if self.is_deepspeed_enabled:
+            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        else:
+            plugin = self.accelerator.state.fsdp_plugin
+            save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if is_main():
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")  # type: ignore[union-attr]
+
+    def _load_shards(self, folder: str) -> None:
+        """What the optimizer held, into a model that is sharded already."""
+        if self.is_deepspeed_enabled:
+            self.model_wrapped.load_checkpoint(folder, load_module_strict=False)
+        self._load_optimizer_and_scheduler(folder)
+        self._load_scaler(folder)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir) if output_dir else self.run.checkpoints(self.phase)
         folder.mkdir(parents=True, exist_ok=True)
@@ -327,9 +379,6 @@ class MMTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Loads exactly what a checkpoint of this run must hold: a missing or foreign weight is an error."""
-        if not self._native_format():
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
         target = self.model if model is None else model
         file = Path(resume_from_checkpoint) / WEIGHTS
         do = "start anew with another --out"

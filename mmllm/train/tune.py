@@ -196,6 +196,7 @@ def train_and_save(
     from mmllm.train.launch import is_main, set_threads
     from mmllm.train.memory import print_memory
     from mmllm.train.perplexity import Kept, figures, read_texts, told
+    from mmllm.train.sharded_parts import check_parts, idle_media
     from mmllm.train.token_count import TokenCount
     from mmllm.train.trainer import MMTrainer
     from mmllm.train.tune_model import fast_attention, make_batches, make_model, save_final
@@ -221,10 +222,13 @@ def train_and_save(
     print_memory(tune_memory(model, groups, config, batches))
     hooks = [count.hook(), *keeping_hooks(model, processor, config)]
     trainer = MMTrainer(model, batches, groups, config.train, run, items=items, hooks=hooks, unpack_batch=True)
+    check_parts(config, model.injector is not None, trainer.is_deepspeed_enabled, trainer.is_fsdp_enabled)
+    if trainer.is_deepspeed_enabled:
+        model.idle_media = idle_media(model, processor)
     kept = Kept(model, processor.tokenizer, texts, config.perplexity)
     trainer.fit()
-    mind = kept.finish()
     if is_main():
+        mind = kept.finish()
         speed = count.report()
         if isinstance(batches, PackedBatches):
             speed["packing_fill"] = round(batches.fill, 4)
