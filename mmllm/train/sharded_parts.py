@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmllm.errors import UserError
 from mmllm.train.tune import TuneConfig
@@ -25,6 +26,19 @@ def check_parts(config: TuneConfig, injector: bool, deepspeed: bool, fsdp: bool)
     if injector and deepspeed:
         what = "an injector is skipped by a process without media, and DeepSpeed wants it in all"
         raise UserError(what, "train.deepspeed", "use train.fsdp, or no injector")
+
+
+def check_dtypes(trained: Iterable[nn.Parameter], bf16: bool) -> None:
+    """Whether FSDP2 or ZeRO-3 can hold these parameters in one shard.
+
+    Raises:
+        UserError: they have several dtypes, as a whole LLM in bfloat16 and a connector in float32, and no mixed precision
+            that would train float32 copies of all.
+    """
+    kinds = sorted({str(p.dtype).removeprefix("torch.") for p in trained})
+    if len(kinds) > 1 and not bf16:
+        what = f"shards want one dtype of all that trains, and here it is {' and '.join(kinds)}"
+        raise UserError(what, "train", "set train.bf16: true, or dtype: float32")
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmllm.config import find_config
 from mmllm.errors import UserError
 from mmllm.train.launch import is_main, world_size
 
@@ -53,20 +56,24 @@ def whole_state(model: nn.Module, names: set[str]) -> dict[str, Tensor]:
     return {n: t for n, t in found.items() if t is not None}
 
 
-def make_whole(model: nn.Module) -> nn.Module:
-    """Turns a model that FSDP2 or ZeRO-3 has sharded in place into an ordinary one on the CPU, as it was before.
+def make_whole(model: nn.Module, dtypes: dict[str, torch.dtype]) -> nn.Module:
+    """Turns a model that FSDP2 or DeepSpeed changed in place into an ordinary one on the CPU, as it was before.
 
     All processes must call it. Process 0 has the weights; the others' are empty (on torch's meta device).
+
+    Args:
+        dtypes: of the parameters before, by name; mixed precision changes them.
     """
     _reshard(model)
     new: dict[int, nn.Parameter] = {}
-    for module in model.modules():
+    for path, module in model.named_modules():
         for name, p in module._parameters.items():
             if p is None:
                 continue
             if id(p) not in new:  # tied weights stay tied
+                dtype = dtypes[f"{path}.{name}".lstrip(".")]
                 full = whole(p)
-                full = torch.empty(p.shape, dtype=p.dtype, device="meta") if full is None else full
+                full = torch.empty(p.shape, dtype=dtype, device="meta") if full is None else full.to(dtype)
                 new[id(p)] = nn.Parameter(full, requires_grad=p.requires_grad)
             module._parameters[name] = new[id(p)]
     _take_off(model)
@@ -110,6 +117,22 @@ def on_one_process(values: dict[str, Any], say: Callable[[str], None] = print) -
     if asked:
         say(f"one process: train.{asked[0]} has nothing to shard and is left out")
     return {k: v for k, v in values.items() if k not in ("deepspeed", "fsdp", "fsdp_config")}
+
+
+def with_deepspeed(values: dict[str, Any]) -> dict[str, Any]:
+    """TrainingArguments whose DeepSpeed config is found, also among the packaged ones, and can be run here.
+
+    Raises:
+        UserError: no such file, or DeepSpeed is not installed.
+    """
+    asked = values.get("deepspeed")
+    if not asked:
+        return values
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError("DeepSpeed is not installed", "train.deepspeed", "pip install 'mmllm[scale]'")
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    return values | {"deepspeed": str(find_config(asked)) if isinstance(asked, str) else asked}
 
 
 def check_sharded(asked: bool, got: bool) -> None:

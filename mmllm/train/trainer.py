@@ -100,6 +100,7 @@ class MMTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         # The model gives a mean; we scale it by num_items ourselves, so the Trainer only divides by accumulation.
         self.model_accepts_loss_kwargs = False
+        self._dtypes = {n: p.dtype for n, p in model.named_parameters()}
         self.followers: list[Any] = [m for m in model.modules() if hasattr(m, "after_step")]
         for hook in self.hooks:
             hook.groups = {g.name: g.params for g in self.groups}
@@ -159,7 +160,7 @@ class MMTrainer(Trainer):
         vars(self.model_wrapped).pop("zero_grad", None)
         self.model = self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
         if not self._native_format():
-            make_whole(self.model)
+            make_whole(self.model, self._dtypes)
         self.model_wrapped = self.model
         self.accelerator.free_memory()
 
@@ -205,6 +206,10 @@ class MMTrainer(Trainer):
     # frozen model that costs more than training a small connector, so these touch only what trains.
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        if self.is_fsdp_enabled and self.accelerator.mixed_precision != "no":
+            for group in self.groups:  # accelerate would do it, but after the weights of a checkpoint were rounded
+                for p in group.params:
+                    p.data = p.data.float()
         sharded = None if self._native_format() else resume_from_checkpoint
         if sharded is not None:  # the weights go in while the model is whole, the optimizer's shards after it
             self._load_from_checkpoint(sharded)
@@ -301,6 +306,12 @@ class MMTrainer(Trainer):
 
     # ---- checkpoints ----
 
+    @property
+    def shards_weights(self) -> bool:
+        """True under FSDP and ZeRO-3, where the weights themselves are shared between processes."""
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+
     def _native_format(self) -> bool:
         """True when the weights are whole in this process; DeepSpeed and FSDP keep their own checkpoint formats."""
         return not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
@@ -308,8 +319,11 @@ class MMTrainer(Trainer):
     def _state_names(self) -> set[str]:
         """What a checkpoint must hold: parameters that train, those named by ``also_save``, and all buffers."""
         names = {n for n, p in self.model.named_parameters() if p.requires_grad or n.startswith(self.also_save)}
-        frozen = {n for n, _ in self.model.named_parameters(remove_duplicate=False)}
-        return names | (set(self.model.state_dict()) - frozen)
+        params = {n for n, _ in self.model.named_parameters(remove_duplicate=False)}
+        buffers = set(self.model.state_dict()) - params
+        # Weights in 4 bits put their scales beside them in the state dict, under their own name.
+        inside = {b for b in buffers if any(b[:i] in params for i, c in enumerate(b) if c == ".")}
+        return names | (buffers - inside)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._saving_to) if self._saving_to is not None else super()._get_output_dir(trial)

@@ -111,6 +111,8 @@ class TuneConfig(StrictModel):
         pack: tokens of a packed row: several conversations share one, each computed as if alone, without padding;
             ``per_device_train_batch_size`` counts these rows. auto: 2,048 on a GPU, 1,024 on a CPU. None: no packing.
         length_normalization: a token of an answer of n tokens weighs n^-this in the loss; 0: tokens alike, 1: answers.
+        llm_quantization: ``4bit`` holds the LLM's frozen weights in NF4 (QLoRA, arXiv 2305.14314), on a GPU by
+            bitsandbytes; then ``train.llm`` is ``lora`` or ``none``. ``final/`` has the merged weights in ``dtype``.
         dtype: of the LLM; auto takes bfloat16 where this machine is faster with it (measured), else float32.
         injector: layers inside the LLM through which media reach it, neutral at the start: ``{type:
             gated_cross_attention, every: 4}`` (Flamingo); see ``GatedInjector``.
@@ -135,12 +137,32 @@ class TuneConfig(StrictModel):
     limit: int | None = Field(default=None, ge=1)
     copies: int = Field(default=0, ge=0)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    llm_quantization: Literal["4bit"] | None = None
     injector: dict[str, Any] | None = None
     replay: ReplaySection | None = None
     kl_to_base: float = Field(default=0.0, ge=0)
     perplexity: str | None = "built-in"
     lora: LoraSection = Field(default_factory=LoraSection)
     train: TuneTrain = Field(default_factory=TuneTrain)
+
+
+MODALITIES = ("vision", "audio")
+
+
+def check_quantization(config: TuneConfig) -> None:
+    """Whether what would be held in 4 bits may stay as it is.
+
+    Raises:
+        UserError: the LLM itself would train, or the weights would not be loaded but come from ``init``.
+    """
+    if not config.llm_quantization:
+        return
+    choice = config.train.llm
+    if choice == "full" or (isinstance(choice, LlmChoice) and choice.last_n is not None):
+        raise UserError("weights in 4 bits can't train", "llm_quantization", "set train.llm: lora, or leave it out")
+    if config.train.model_dump().get("deepspeed") or config.train.model_dump().get("fsdp"):
+        what = "weights in 4 bits are held whole in each process"
+        raise UserError(what, "llm_quantization", "leave out deepspeed and fsdp, or llm_quantization")
 
 
 def run_stage(stage: str, config_path: str, overrides: Any, out: Path | None, resume: bool) -> Path:
@@ -187,6 +209,7 @@ def train_and_save(
     stage: str, config: TuneConfig, records: list[dict[str, Any]], run: Any, folder: Path | None = None
 ) -> None:
     """Makes the model, trains it on the records and writes ``final/``; ``folder`` is the dataset's."""
+    from accelerate import PartialState
     from transformers import set_seed
     from transformers.utils import logging as hf_logging
 
@@ -196,12 +219,18 @@ def train_and_save(
     from mmllm.train.launch import is_main, set_threads
     from mmllm.train.memory import print_memory
     from mmllm.train.perplexity import Kept, figures, read_texts, told
-    from mmllm.train.sharded_parts import check_parts, idle_media
+    from mmllm.train.quantize import need_bitsandbytes, quantize_llm
+    from mmllm.train.shard_config import check_sharding
+    from mmllm.train.sharded_parts import check_dtypes, check_parts, idle_media
     from mmllm.train.token_count import TokenCount
     from mmllm.train.trainer import MMTrainer
     from mmllm.train.tune_model import fast_attention, make_batches, make_model, save_final
     from mmllm.train.tune_parts import adapt, keeping_hooks, tune_memory
 
+    check_sharding(config.train)
+    check_quantization(config)
+    if config.llm_quantization:
+        need_bitsandbytes()
     hf_logging.disable_progress_bar()  # its bars break the plain lines of a log
     set_threads(config.train.threads)
     set_seed(config.train.seed)
@@ -209,6 +238,8 @@ def train_and_save(
     texts = read_texts(str(config.perplexity), folder) if trains else None
     dtype = choose_dtype(config, run)
     model, processor = make_model(config, dtype)
+    if config.llm_quantization:
+        quantize_llm(model.language_model, dtype, PartialState().device)
     fast_attention(model, config)
     if model.takes_text and config.branches_per_row != 1 and any(len(r.get("branches") or []) > 1 for r in records):
         where, do = "branches_per_row", "set branches_per_row: 1"
@@ -223,6 +254,8 @@ def train_and_save(
     hooks = [count.hook(), *keeping_hooks(model, processor, config)]
     trainer = MMTrainer(model, batches, groups, config.train, run, items=items, hooks=hooks, unpack_batch=True)
     check_parts(config, model.injector is not None, trainer.is_deepspeed_enabled, trainer.is_fsdp_enabled)
+    if trainer.shards_weights:
+        check_dtypes([p for g in groups for p in g.params], config.train.bf16)
     if trainer.is_deepspeed_enabled:
         model.idle_media = idle_media(model, processor)
     kept = Kept(model, processor.tokenizer, texts, config.perplexity)
@@ -234,7 +267,7 @@ def train_and_save(
             speed["packing_fill"] = round(batches.fill, 4)
             print(f"packed rows of {batches.row_length:,} tokens were {batches.fill:.1%} full", flush=True)
         with run.final() as final:
-            save_final(model, processor, final)
+            save_final(model, processor, final, dtype if config.llm_quantization else None)
             if mind:
                 print(told(mind), flush=True)
                 write_figures(final / "results.json", stage, config.train.seed, None, None, figures(mind))
