@@ -13,4 +13,10 @@ def _pretrain(config: str, overrides: tuple[str, ...], out: Path | None, resume:
     run_stage("pretrain", config, overrides, out, resume)
 
 
-command = training_command("pretrain", "Connect aligned towers to an LLM: train the connector.")(_pretrain)
+def _plan(config: str, overrides: tuple[str, ...], nproc: int) -> None:
+    from mmllm.train.dry_run import dry_run
+
+    dry_run("pretrain", config, overrides, nproc)
+
+
+command = training_command("pretrain", "Connect aligned towers to an LLM: train the connector.", _plan)(_pretrain)

@@ -13,4 +13,10 @@ def _tune(config: str, overrides: tuple[str, ...], out: Path | None, resume: boo
     run_stage("tune", config, overrides, out, resume)
 
 
-command = training_command("tune", "Tune connector and LLM (LoRA) on conversations and boxes.")(_tune)
+def _plan(config: str, overrides: tuple[str, ...], nproc: int) -> None:
+    from mmllm.train.dry_run import dry_run
+
+    dry_run("tune", config, overrides, nproc)
+
+
+command = training_command("tune", "Tune connector and LLM (LoRA) on conversations and boxes.", _plan)(_tune)

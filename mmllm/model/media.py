@@ -25,6 +25,7 @@ class MediaParts:
     injector: Injector | None
     tile_rows: TileRows | None
     get_input_embeddings: Any
+    idle_media: dict[str, dict[str, Tensor]] | None  # see ``idle``
 
     def get_image_features(
         self,
@@ -118,6 +119,8 @@ class MediaParts:
                 return self.get_image_features(pixel_values, image_tower_tokens, text, image_grids)
 
             add(self.vision_connector, self.config.image_token_id, "picture", n, pictures)
+        else:
+            embeds = self.idle("vision", embeds)
         if input_features is not None or audio_tower_tokens is not None:
             n = len(input_features if audio_tower_tokens is None else audio_tower_tokens)  # type: ignore[arg-type]
 
@@ -127,22 +130,39 @@ class MediaParts:
                 )
 
             add(self.audio_connector, self.config.audio_token_id, "sound", n, sounds)
+        else:
+            embeds = self.idle("audio", embeds)
         return embeds, placed
+
+    def idle(self, name: str, embeds: Tensor) -> Tensor:
+        """The same embeds, after one empty medium of a modality that the batch lacks went through tower and connector.
+
+        DeepSpeed needs it: its processes must run the same modules in the same order, since they gather weights (ZeRO-3)
+        and put gradients into buckets (ZeRO-2) as they come, without looking whose they are. ``idle_media`` holds the
+        inputs by modality; None, as usual: nothing is run.
+        """
+        if self.idle_media is None or name not in self.idle_media or not torch.is_grad_enabled():
+            return embeds
+        connector = self.vision_connector if name == "vision" else self.audio_connector
+        inputs: dict[str, Any] = {k: v.to(embeds.device) for k, v in self.idle_media[name].items()}
+        if connector is not None and connector.takes_text:
+            words = embeds[:1, :1]
+            inputs["text"] = Features(words, words.new_ones(1, 1, dtype=torch.bool), words[:, 0])
+        tokens, _ = self.get_image_features(**inputs) if name == "vision" else self.get_audio_features(**inputs)
+        return embeds + tokens.sum().to(embeds.dtype) * 0
 
     @property
     def takes_text(self) -> bool:
         """True where a connector sees the words around a medium, so that questions can't share its tokens."""
         return any(c is not None and c.takes_text for c in (self.vision_connector, self.audio_connector))
 
-    def unused_connectors(self, *media: Tensor | None, idle: bool = False) -> Tensor | float:
-        """With several processes: zero, from the parameters of a connector whose modality this batch lacks.
+    def unused_connectors(self, *media: Tensor | None) -> Tensor | float:
+        """Zero, from the parameters of a connector whose modality this batch lacks.
 
-        Otherwise a process without a picture would give no gradient where the others wait for one.
-
-        Args:
-            idle: also with one process; for a batch of text alone, of which nothing that trains has a part.
+        Otherwise a process without a picture would give no gradient where the others wait for one. One process does the
+        same, so that the optimizer's counts and momenta do not depend on the number of processes.
         """
-        if not idle and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if self.idle_media is not None or not torch.is_grad_enabled():
             return 0.0
         pictures, sounds = any(m is not None for m in media[:2]), any(m is not None for m in media[2:])
         parts: list[tuple[Any, bool]] = [(self.vision_connector, pictures), (self.audio_connector, sounds)]

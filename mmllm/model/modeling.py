@@ -72,6 +72,7 @@ class MMLLMForConditionalGeneration(MediaParts, PreTrainedModel, GenerationMixin
         width = self.language_model.get_input_embeddings().weight.shape[1]
         self.tile_rows = TileRows(width) if config.tiling else None
         watch_layers(self.language_model)
+        self.idle_media = None
         self._chunked_loss: bool | None = None  # whether the head's loss is known to be this LLM's; tried once
         self.post_init()
 
@@ -194,7 +195,7 @@ class MMLLMForConditionalGeneration(MediaParts, PreTrainedModel, GenerationMixin
             loss = loss + out.logits.float().sum() * 0
         after_injection(self, media, out)
         held = (image_tower_tokens, pixel_values, audio_tower_tokens, input_features)
-        loss = loss + self.unused_connectors(*held, idle=torch.is_grad_enabled() and not loss.requires_grad)
+        loss = loss + self.unused_connectors(*held)
         return CausalLMOutputWithPast(loss=loss, hidden_states=out.hidden_states, attentions=out.attentions)
 
     def _answer_loss(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from mmllm.train.launch import is_main
@@ -92,7 +93,8 @@ def count_parameters(model: nn.Module, groups: Sequence[ParamGroup]) -> list[dic
     for name, p in model.named_parameters():
         if not p.requires_grad:
             part = _part(model, name)
-            frozen[part] = frozen.get(part, 0) + p.numel()
+            packed = type(p).__name__ == "Params4bit" and p.dtype == torch.uint8  # two numbers a byte
+            frozen[part] = frozen.get(part, 0) + p.numel() * (2 if packed else 1)
     by_part = {row["part"]: row for row in rows}
     for part, count in frozen.items():
         if part in by_part:

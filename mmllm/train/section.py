@@ -116,9 +116,10 @@ class TrainSection(StrictModel):
         from transformers import TrainingArguments
 
         from mmllm.train.launch import world_size
+        from mmllm.train.sharding import on_one_process, with_deepspeed
 
         values = {k: v for k, v in self.model_dump().items() if k in argument_names() and k not in self.own_fields}
-        values.update(overrides)
+        values = with_deepspeed(on_one_process(values | overrides))
         if values.get("max_steps") is None:
             values["max_steps"] = self.steps(items, world_size())
         values.pop("num_train_epochs", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from operator import itemgetter
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -26,6 +28,7 @@ from mmllm.train.params import ParamGroup, as_groups, print_trainable
 from mmllm.train.progress import MetricsLog, ProgressReport
 from mmllm.train.run import HELD_OUT, RunFolder
 from mmllm.train.section import TrainSection
+from mmllm.train.sharding import check_sharded, layer_classes, make_whole, shards_on_cpu, whole_state
 
 WEIGHTS = "model.safetensors"
 
@@ -102,6 +105,7 @@ class MMTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         # The model gives a mean; we scale it by num_items ourselves, so the Trainer only divides by accumulation.
         self.model_accepts_loss_kwargs = False
+        self._dtypes = {n: p.dtype for n, p in model.named_parameters()}
         self.followers: list[Any] = [m for m in model.modules() if hasattr(m, "after_step")]
         for hook in self.hooks:
             hook.groups = {g.name: g.params for g in self.groups}
@@ -130,9 +134,9 @@ class MMTrainer(Trainer):
                 self.train(resume_from_checkpoint=str(last) if last else None)
                 if self.run.last_checkpoint(self.phase) is None:  # save_strategy "no": still mark the phase as done
                     self._save_checkpoint(self.model_wrapped, None)
+            self._free_model()
         finally:
             self.progress.close()
-            self._free_model()
         self.run.update()
         rows = [r for r in self.run.read_metrics() if r.get("phase", "") == self.phase and "loss" in r]
         ended = rows[-1] if rows else {}
@@ -143,10 +147,25 @@ class MMTrainer(Trainer):
             "resumed_from": start,
         }
 
+    def create_accelerator_and_postprocess(self) -> None:
+        asked = self.args.fsdp_plugin_args is not None
+        llm = getattr(self.model, "language_model", None)
+        if asked and llm is not None:
+            names = ",".join(layer_classes(llm))
+            self.args.fsdp_plugin_args.setdefault("transformer_cls_names_to_wrap", names)
+        with shards_on_cpu(asked or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"):
+            super().create_accelerator_and_postprocess()
+        check_sharded(asked, self.is_fsdp_enabled)
+
     def _free_model(self) -> None:
-        """Takes off what accelerate has wrapped around the model (autocast, DDP), so that later use is plain."""
+        """Takes off what accelerate has wrapped around the model (autocast, DDP), so that later use is plain.
+
+        A model that was sharded is whole in process 0 alone, on the CPU.
+        """
         vars(self.model_wrapped).pop("zero_grad", None)
         self.model = self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
+        if not self._native_format():
+            make_whole(self.model, self._dtypes)
         self.model_wrapped = self.model
         self.accelerator.free_memory()
 
@@ -192,7 +211,17 @@ class MMTrainer(Trainer):
     # frozen model that costs more than training a small connector, so these touch only what trains.
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        if self.is_fsdp_enabled and self.accelerator.mixed_precision != "no":
+            for group in self.groups:  # accelerate would do it, but after the weights of a checkpoint were rounded
+                for p in group.params:
+                    p.data = p.data.float()
+        sharded = None if self._native_format() else resume_from_checkpoint
+        if sharded is not None:  # the weights go in while the model is whole, the optimizer's shards after it
+            self._load_from_checkpoint(sharded)
+            resume_from_checkpoint = None
         model, loader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if sharded is not None:
+            self._load_shards(sharded)
         self._trained = [p for group in self.groups for p in group.params]
         if self._native_format():
             model.zero_grad = self._zero_grad
@@ -282,6 +311,12 @@ class MMTrainer(Trainer):
 
     # ---- checkpoints ----
 
+    @property
+    def shards_weights(self) -> bool:
+        """True under FSDP and ZeRO-3, where the weights themselves are shared between processes."""
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+
     def _native_format(self) -> bool:
         """True when the weights are whole in this process; DeepSpeed and FSDP keep their own checkpoint formats."""
         return not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
@@ -289,8 +324,11 @@ class MMTrainer(Trainer):
     def _state_names(self) -> set[str]:
         """What a checkpoint must hold: parameters that train, those named by ``also_save``, and all buffers."""
         names = {n for n, p in self.model.named_parameters() if p.requires_grad or n.startswith(self.also_save)}
-        frozen = {n for n, _ in self.model.named_parameters(remove_duplicate=False)}
-        return names | (set(self.model.state_dict()) - frozen)
+        params = {n for n, _ in self.model.named_parameters(remove_duplicate=False)}
+        buffers = set(self.model.state_dict()) - params
+        # Weights in 4 bits put their scales beside them in the state dict, under their own name.
+        inside = {b for b in buffers if any(b[:i] in params for i, c in enumerate(b) if c == ".")}
+        return names | (buffers - inside)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._saving_to) if self._saving_to is not None else super()._get_output_dir(trial)
@@ -349,6 +387,34 @@ class MMTrainer(Trainer):
         self._load_from_checkpoint(str(best))
         return int(best.name.split("-")[1])
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self._native_format():
+            super().save_model(output_dir, _internal_call)
+            return
+        state = whole_state(self.model, self._state_names())
+        if is_main():
+            self._save(output_dir, state)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Shards keep their own format, without the frozen weights and, for FSDP, without those of ``save_model``."""
+        if self._native_format():
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        if self.is_deepspeed_enabled:
+            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        else:
+            plugin = self.accelerator.state.fsdp_plugin
+            save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if is_main():
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")  # type: ignore[union-attr]
+
+    def _load_shards(self, folder: str) -> None:
+        """What the optimizer held, into a model that is sharded already."""
+        if self.is_deepspeed_enabled:
+            self.model_wrapped.load_checkpoint(folder, load_module_strict=False)
+        self._load_optimizer_and_scheduler(folder)
+        self._load_scaler(folder)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir) if output_dir else self.run.checkpoints(self.phase)
         folder.mkdir(parents=True, exist_ok=True)
@@ -359,9 +425,6 @@ class MMTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Loads exactly what a checkpoint of this run must hold: a missing or foreign weight is an error."""
-        if not self._native_format():
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
         target = self.model if model is None else model
         file = Path(resume_from_checkpoint) / WEIGHTS
         do = "start anew with another --out"

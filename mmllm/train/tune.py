@@ -143,6 +143,8 @@ class TuneConfig(StrictModel):
         length_normalization: a token of an answer of n tokens weighs n^-this in the loss; 0: tokens alike, 1: answers.
         box_tokens: bins of a coordinate: boxes in text become two tokens each, one for each corner, instead of some
             twenty; with the ``bins`` of align's objective ``region_box``, the LLM can copy a box that it sees.
+        llm_quantization: ``4bit`` holds the LLM's frozen weights in NF4 (QLoRA, arXiv 2305.14314), on a GPU by
+            bitsandbytes; then ``train.llm`` is ``lora`` or ``none``. ``final/`` has the merged weights in ``dtype``.
         dtype: of the LLM; auto takes bfloat16 where this machine is faster with it (measured), else float32.
         injector: layers inside the LLM through which media reach it, neutral at the start: ``{type:
             gated_cross_attention, every: 4}`` (Flamingo); see ``GatedInjector``.
@@ -174,6 +176,7 @@ class TuneConfig(StrictModel):
     copies: int = Field(default=0, ge=0)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     box_tokens: int | None = Field(default=None, ge=2)
+    llm_quantization: Literal["4bit"] | None = None
     injector: dict[str, Any] | None = None
     tiling: TilingSection | None = None
     replay: ReplaySection | None = None
@@ -183,6 +186,25 @@ class TuneConfig(StrictModel):
     margins: dict[str, float] = Field(default_factory=dict)
     lora: LoraSection = Field(default_factory=LoraSection)
     train: TuneTrain = Field(default_factory=TuneTrain)
+
+
+MODALITIES = ("vision", "audio")
+
+
+def check_quantization(config: TuneConfig) -> None:
+    """Whether what would be held in 4 bits may stay as it is.
+
+    Raises:
+        UserError: the LLM itself would train, or the weights would not be loaded but come from ``init``.
+    """
+    if not config.llm_quantization:
+        return
+    choice = config.train.llm
+    if choice == "full" or (isinstance(choice, LlmChoice) and choice.last_n is not None):
+        raise UserError("weights in 4 bits can't train", "llm_quantization", "set train.llm: lora, or leave it out")
+    if config.train.model_dump().get("deepspeed") or config.train.model_dump().get("fsdp"):
+        what = "weights in 4 bits are held whole in each process"
+        raise UserError(what, "llm_quantization", "leave out deepspeed and fsdp, or llm_quantization")
 
 
 def run_stage(stage: str, config_path: str, overrides: Any, out: Path | None, resume: bool) -> Path:
@@ -237,6 +259,7 @@ def held_out_records(config: TuneConfig, folder: Path, rejected: Any) -> list[di
 
 def train_and_save(stage: str, config: TuneConfig, run: Any, folder: Path) -> None:
     """Reads the data, makes the model, trains it and writes ``final/``; ``folder`` is the dataset's."""
+    from accelerate import PartialState
     from transformers import set_seed
     from transformers.utils import logging as hf_logging
 
@@ -248,12 +271,19 @@ def train_and_save(stage: str, config: TuneConfig, run: Any, folder: Path) -> No
     from mmllm.train.launch import is_main, rank, set_threads
     from mmllm.train.memory import print_memory
     from mmllm.train.perplexity import Kept, figures, read_texts, told
+    from mmllm.train.quantize import need_bitsandbytes, quantize_llm
+    from mmllm.train.shard_config import check_sharding
+    from mmllm.train.sharded_parts import check_dtypes, check_parts, idle_media
     from mmllm.train.token_count import TokenCount
     from mmllm.train.trainer import MMTrainer
     from mmllm.train.tune_model import check_template, fast_attention, make_batches, make_model, save_final
     from mmllm.train.tune_parts import adapt, keeping_hooks, tune_memory
     from mmllm.train.tune_rows import fitting
 
+    check_sharding(config.train)
+    check_quantization(config)
+    if config.llm_quantization:
+        need_bitsandbytes()
     hf_logging.disable_progress_bar()  # its bars break the plain lines of a log
     set_threads(config.train.threads)
     set_seed(config.train.seed)
@@ -265,6 +295,8 @@ def train_and_save(stage: str, config: TuneConfig, run: Any, folder: Path) -> No
     dtype = choose_dtype(config, run)
     model, processor = make_model(config, dtype)
     check_template(config, data, processor)
+    if config.llm_quantization:
+        quantize_llm(model.language_model, dtype, PartialState().device)
     fast_attention(model, config)
     groups = adapt(model, config)
     others = held_out_records(config, folder, rejected)
@@ -286,20 +318,25 @@ def train_and_save(stage: str, config: TuneConfig, run: Any, folder: Path) -> No
     trainer = MMTrainer(
         model, batches, groups, config.train, run, items=items, hooks=hooks, held_out=held_out, unpack_batch=True
     )
+    check_parts(config, model.injector is not None, trainer.is_deepspeed_enabled, trainer.is_fsdp_enabled)
+    if trainer.shards_weights:
+        check_dtypes([p for g in groups for p in g.params], config.train.bf16)
+    if trainer.is_deepspeed_enabled:
+        model.idle_media = idle_media(model, processor)
     kept = Kept(model, processor.tokenizer, texts, config.perplexity)
     trainer.fit()
     if config.held_out is not None and config.held_out.take == "best":
         best = trainer.load_best()
         if is_main():
             print(f"the weights of step {best} had the lowest held-out loss and are the result", flush=True)
-    mind = kept.finish()
     if is_main():
+        mind = kept.finish()
         speed = count.report()
         if isinstance(batches, PackedBatches):
             speed["packing_fill"] = round(batches.fill, 4)
             print(f"packed rows of {batches.row_length:,} tokens were {batches.fill:.1%} full", flush=True)
         with run.final() as final:
-            save_final(model, processor, final)
+            save_final(model, processor, final, dtype if config.llm_quantization else None)
             if mind:
                 print(told(mind), flush=True)
                 write_figures(final / "results.json", stage, config.train.seed, None, None, figures(mind))

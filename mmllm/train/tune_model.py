@@ -27,6 +27,7 @@ from mmllm.model.packing import allow_packing
 from mmllm.towers import load_tower
 from mmllm.towers.training import merged
 from mmllm.train.chat_data import ChatData
+from mmllm.train.quantize import plain_llm
 from mmllm.train.run import final_folder, read_info
 from mmllm.train.tune import ModalitySection, TuneConfig
 
@@ -216,8 +217,14 @@ def make_batches(
     return batches, batches.rows_an_epoch() if epochs_count else len(data)
 
 
-def save_final(model: MMLLMForConditionalGeneration, processor: MMLLMProcessor, folder: Path) -> None:
-    """Writes a complete model folder; with LoRA also the adapter alone in ``adapter/``, and merged in the weights."""
+def save_final(
+    model: MMLLMForConditionalGeneration, processor: MMLLMProcessor, folder: Path, wide: torch.dtype | None = None
+) -> None:
+    """Writes a complete model folder; with LoRA also the adapter alone in ``adapter/``, and merged in the weights.
+
+    Args:
+        wide: dtype of what was held in 4 bits; None: nothing was.
+    """
     for name in MODALITIES:
         tower = getattr(model, f"{name}_tower")
         if tower is not None:
@@ -225,6 +232,8 @@ def save_final(model: MMLLMForConditionalGeneration, processor: MMLLMProcessor, 
     llm: Any = model.language_model
     if hasattr(llm, "merge_and_unload"):
         llm.save_pretrained(folder / "adapter", save_embedding_layers=False)  # embeddings do not train
-        model.language_model = llm.merge_and_unload()
+        model.language_model = llm.merge_and_unload() if wide is None else plain_llm(llm, wide)
+    elif wide is not None:
+        model.language_model = plain_llm(llm, wide)
     model.cpu().eval().save_pretrained(folder)
     processor.save_pretrained(folder)
