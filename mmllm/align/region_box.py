@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmllm.align.objectives import box_targets
+from mmllm.align.objectives import box_targets, centre_cell
 from mmllm.blocks.box_code import box_code
 from mmllm.contracts import AlignBatch, Objective
+from mmllm.errors import unknown
 from mmllm.registry import register
 
 
@@ -31,11 +32,18 @@ class RegionBox(Objective):
         dim: width of the word embeddings.
         bins: per coordinate; 10 is one per first decimal.
         scale: factor on the projections, which are taken relative to a word embedding's length.
+        cells: ``all`` that lie on a thing carry its box, or the one of its ``centre``: the others are then about its
+            name alone.
+
+    Raises:
+        UserError: other ``cells``.
     """
 
-    def __init__(self, stream: str, dim: int, bins: int = 10, scale: float = 12.0):
+    def __init__(self, stream: str, dim: int, bins: int = 10, scale: float = 12.0, cells: str = "all"):
         super().__init__()
-        self.stream, self.bins, self.scale = stream, bins, scale
+        if cells not in ("all", "centre"):
+            raise unknown("choice", cells, ("all", "centre"), "cells")
+        self.stream, self.bins, self.scale, self.cells = stream, bins, scale, cells
         self.needs = frozenset({f"{stream}.token_embedding", "vocabulary"})
         self.register_buffer("code", box_code(dim, bins))
 
@@ -55,7 +63,7 @@ class RegionBox(Objective):
         tokens, grid = stream.token_embedding, stream.grid
         assert tokens is not None and grid is not None and batch.boxes is not None
         words = batch.extras["vocabulary"]["embedding"].to(tokens)
-        owner, boxes = box_cells(batch, grid[1:], tokens.device)
+        owner, boxes = box_cells(batch, grid[1:], tokens.device, self.cells == "centre")
         on_thing = owner >= 0
         if not on_thing.any():
             return {"loss": tokens.sum() * 0.0}
@@ -66,13 +74,26 @@ class RegionBox(Objective):
         return {"loss": loss, "box_error": error.detach()}
 
 
-def box_cells(batch: AlignBatch, grid: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The box that each grid cell lies on: index [B, M] into boxes [N, 4], -1 for background."""
+def box_cells(
+    batch: AlignBatch, grid: tuple[int, ...], device: torch.device, centre: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The box that each grid cell lies on: index [B, M] into boxes [N, 4], -1 for background.
+
+    Args:
+        centre: only the cell of each box's centre lies on it.
+    """
     rows, boxes = [], []
     assert batch.boxes is not None
     for things in batch.boxes:
         named = [{"xyxy": t["xyxy"], "text": str(i)} for i, t in enumerate(things)]
-        target = box_targets(named, grid, {str(i): i for i in range(len(things))})
+        index = {str(i): i for i in range(len(things))}
+        if centre:
+            target = torch.full((grid[0] * grid[1],), len(things))
+            for i, thing in enumerate(things):
+                row, column = centre_cell(thing["xyxy"], grid)
+                target[row * grid[1] + column] = i
+        else:
+            target = box_targets(named, grid, index)
         rows.append(torch.where(target < len(things), target + len(boxes), -1))
         boxes += [t["xyxy"] for t in things]
     return torch.stack(rows).to(device), torch.tensor(boxes or [[0.0] * 4], device=device)

@@ -6,6 +6,7 @@ import torch
 from mmllm.align.region_box import RegionBox, soft_bins
 from mmllm.blocks.box_code import box_code
 from mmllm.contracts import AlignBatch, Features, Stream
+from mmllm.errors import UserError
 
 
 def batch_of(tokens: torch.Tensor, boxes: list[list[dict]], words: torch.Tensor) -> AlignBatch:
@@ -52,3 +53,15 @@ def test_background_cells_do_not_count_and_an_empty_scene_gives_zero():
     objective(batch_of(tokens, things, words))["loss"].backward()
     assert tokens.grad[0, 0].abs().sum() > 0 and tokens.grad[0, 1:].abs().sum() == 0
     assert objective(batch_of(tokens, [[]], words))["loss"].item() == 0.0
+
+
+def test_only_the_cell_of_the_centre_carries_the_box_where_that_is_asked():
+    words = torch.randn(5, 64)
+    objective = RegionBox("image", 64, cells="centre")
+    tokens = torch.randn(1, 4, 64, requires_grad=True)
+    things = [[{"xyxy": [0.0, 0.0, 0.9, 0.9], "text": "cat"}, {"xyxy": [0.6, 0.6, 1.0, 1.0], "text": "dog"}]]
+    objective(batch_of(tokens, things, words))["loss"].backward()  # centres in the first and in the last cell
+    moved = tokens.grad[0].abs().sum(-1) > 0
+    assert moved.tolist() == [True, False, False, True]
+    with pytest.raises(UserError, match="centre"):
+        RegionBox("image", 64, cells="center")
