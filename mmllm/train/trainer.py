@@ -143,11 +143,10 @@ class MMTrainer(Trainer):
         }
 
     def create_accelerator_and_postprocess(self) -> None:
-        asked = self.args.fsdp_plugin_args is not None
-        llm = getattr(self.model, "language_model", None)
+        settings: Any = self.args.fsdp_plugin_args
+        asked, llm = settings is not None, getattr(self.model, "language_model", None)
         if asked and llm is not None:
-            names = ",".join(layer_classes(llm))
-            self.args.fsdp_plugin_args.setdefault("transformer_cls_names_to_wrap", names)
+            settings.setdefault("transformer_cls_names_to_wrap", ",".join(layer_classes(llm)))
         with shards_on_cpu(asked or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"):
             super().create_accelerator_and_postprocess()
         check_sharded(asked, self.is_fsdp_enabled)

@@ -209,6 +209,7 @@ def train_and_save(
     stage: str, config: TuneConfig, records: list[dict[str, Any]], run: Any, folder: Path | None = None
 ) -> None:
     """Makes the model, trains it on the records and writes ``final/``; ``folder`` is the dataset's."""
+    import torch
     from accelerate import PartialState
     from transformers import set_seed
     from transformers.utils import logging as hf_logging
@@ -239,7 +240,7 @@ def train_and_save(
     dtype = choose_dtype(config, run)
     model, processor = make_model(config, dtype)
     if config.llm_quantization:
-        quantize_llm(model.language_model, dtype, PartialState().device)
+        quantize_llm(model.language_model, dtype, torch.device(PartialState().device or "cpu"))
     fast_attention(model, config)
     if model.takes_text and config.branches_per_row != 1 and any(len(r.get("branches") or []) > 1 for r in records):
         where, do = "branches_per_row", "set branches_per_row: 1"
