@@ -9,7 +9,9 @@ from typing import Any
 import click
 
 
-def training_command(name: str, help_text: str, plan: Callable[[str, tuple[str, ...], int], Any] | None = None) -> Callable[[Callable[..., Any]], click.Command]:
+def training_command(
+    name: str, help_text: str, plan: Callable[[str, tuple[str, ...], int], Any] | None = None
+) -> Callable[[Callable[..., Any]], click.Command]:
     """Decorator: a command ``mmllm NAME CONFIG [key=value ...] [--out RUN] [--resume] [--nproc N]``.
 
     The function is called with (config: str, overrides: tuple[str, ...], out: Path | None, resume: bool). With

@@ -135,11 +135,11 @@ class MediaParts:
         return embeds, placed
 
     def idle(self, name: str, embeds: Tensor) -> Tensor:
-        """The same embeds, after one empty medium of a modality that the batch lacks went through tower and connector.
+        """The same embeds, after an empty medium of a modality that the batch lacks went through tower and connector.
 
-        DeepSpeed needs it: its processes must run the same modules in the same order, since they gather weights (ZeRO-3)
-        and put gradients into buckets (ZeRO-2) as they come, without looking whose they are. ``idle_media`` holds the
-        inputs by modality; None, as usual: nothing is run.
+        DeepSpeed needs it: its processes must run the same modules in the same order, since they gather weights
+        (ZeRO-3) and put gradients into buckets (ZeRO-2) as they come, without looking whose they are. ``idle_media``
+        holds the inputs by modality; None, as usual: nothing is run.
         """
         if self.idle_media is None or name not in self.idle_media or not torch.is_grad_enabled():
             return embeds

@@ -1,4 +1,4 @@
-"""`mmllm pretrain|tune CONFIG --dry-run`: the whole run on meta tensors, what trains, memory, and its sharding checked."""
+"""`mmllm pretrain|tune CONFIG --dry-run`: the run on meta tensors, what trains, its memory and sharding."""
 
 from __future__ import annotations
 

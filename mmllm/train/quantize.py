@@ -1,4 +1,4 @@
-"""QLoRA: the LLM's frozen weights in 4 bits by bitsandbytes, and plain weights again after training (arXiv 2305.14314)."""
+"""QLoRA (arXiv 2305.14314): the LLM's frozen weights in 4 bits by bitsandbytes, and plain weights again after it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def quantize_llm(llm: Any, dtype: torch.dtype, device: torch.device) -> int:
     Args:
         dtype: that the layers compute in.
     """
-    import bitsandbytes as bnb
+    import bitsandbytes as bnb  # pyright: ignore[reportMissingImports]  (an extra)
 
     count = 0
     for parent, name, old in linear_layers(llm):
@@ -89,7 +89,7 @@ def _merged(layer: Any, dtype: torch.dtype) -> nn.Linear:
 
 def _wide(layer: Any, dtype: torch.dtype, delta: Any) -> nn.Linear:
     """A Linear4bit as an ordinary layer, with something added to its weights."""
-    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.functional import dequantize_4bit  # pyright: ignore[reportMissingImports]
 
     weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).float() + delta
     new = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")

@@ -45,7 +45,7 @@ def check_sharding(section: TrainSection, layers: Iterable[str] | None = None) -
     """Checks ``train.deepspeed`` or ``train.fsdp`` and says in which way the run shares its work.
 
     Args:
-        layers: class names of the LLM's layers, for the names in ``transformer_layer_cls_to_wrap``; None: not looked at.
+        layers: class names of the LLM's layers, for ``transformer_layer_cls_to_wrap``; None: not looked at.
 
     Returns:
         ``ddp``, ``zero0`` to ``zero3``, or ``fsdp2``.

@@ -32,8 +32,8 @@ def check_dtypes(trained: Iterable[nn.Parameter], bf16: bool) -> None:
     """Whether FSDP2 or ZeRO-3 can hold these parameters in one shard.
 
     Raises:
-        UserError: they have several dtypes, as a whole LLM in bfloat16 and a connector in float32, and no mixed precision
-            that would train float32 copies of all.
+        UserError: they have several dtypes, as a whole LLM in bfloat16 and a connector in float32, and no mixed
+            precision that would train float32 copies of all.
     """
     kinds = sorted({str(p.dtype).removeprefix("torch.") for p in trained})
     if len(kinds) > 1 and not bf16:

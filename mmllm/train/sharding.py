@@ -42,7 +42,7 @@ def whole(tensor: Tensor) -> Tensor | None:
     if isinstance(held, DTensor):
         held = held.full_tensor()
     elif hasattr(tensor, "ds_id"):
-        from deepspeed import zero
+        from deepspeed import zero  # pyright: ignore[reportMissingImports]  (an extra)
 
         with zero.GatheredParameters([tensor]):
             return tensor.detach().to("cpu", copy=True) if is_main() else None

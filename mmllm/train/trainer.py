@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from operator import itemgetter
@@ -12,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import save_fsdp_optimizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from mmllm.contracts import StepHook
 from mmllm.data.loader import loader_plan
@@ -28,12 +26,12 @@ from mmllm.train.params import ParamGroup, as_groups, print_trainable
 from mmllm.train.progress import MetricsLog, ProgressReport
 from mmllm.train.run import HELD_OUT, RunFolder
 from mmllm.train.section import TrainSection
-from mmllm.train.sharding import check_sharded, layer_classes, make_whole, shards_on_cpu, whole_state
+from mmllm.train.sharded_trainer import ShardedTrainer
 
 WEIGHTS = "model.safetensors"
 
 
-class MMTrainer(Trainer):
+class MMTrainer(ShardedTrainer):
     """Trains one phase of a stage.
 
     Usage of a stage::
@@ -105,7 +103,6 @@ class MMTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         # The model gives a mean; we scale it by num_items ourselves, so the Trainer only divides by accumulation.
         self.model_accepts_loss_kwargs = False
-        self._dtypes = {n: p.dtype for n, p in model.named_parameters()}
         self.followers: list[Any] = [m for m in model.modules() if hasattr(m, "after_step")]
         for hook in self.hooks:
             hook.groups = {g.name: g.params for g in self.groups}
@@ -146,28 +143,6 @@ class MMTrainer(Trainer):
             "seconds": ended.get("seconds", 0.0),
             "resumed_from": start,
         }
-
-    def create_accelerator_and_postprocess(self) -> None:
-        asked = self.args.fsdp_plugin_args is not None
-        llm = getattr(self.model, "language_model", None)
-        if asked and llm is not None:
-            names = ",".join(layer_classes(llm))
-            self.args.fsdp_plugin_args.setdefault("transformer_cls_names_to_wrap", names)
-        with shards_on_cpu(asked or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"):
-            super().create_accelerator_and_postprocess()
-        check_sharded(asked, self.is_fsdp_enabled)
-
-    def _free_model(self) -> None:
-        """Takes off what accelerate has wrapped around the model (autocast, DDP), so that later use is plain.
-
-        A model that was sharded is whole in process 0 alone, on the CPU.
-        """
-        vars(self.model_wrapped).pop("zero_grad", None)
-        self.model = self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
-        if not self._native_format():
-            make_whole(self.model, self._dtypes)
-        self.model_wrapped = self.model
-        self.accelerator.free_memory()
 
     # ---- data ----
 
@@ -211,17 +186,7 @@ class MMTrainer(Trainer):
     # frozen model that costs more than training a small connector, so these touch only what trains.
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        if self.is_fsdp_enabled and self.accelerator.mixed_precision != "no":
-            for group in self.groups:  # accelerate would do it, but after the weights of a checkpoint were rounded
-                for p in group.params:
-                    p.data = p.data.float()
-        sharded = None if self._native_format() else resume_from_checkpoint
-        if sharded is not None:  # the weights go in while the model is whole, the optimizer's shards after it
-            self._load_from_checkpoint(sharded)
-            resume_from_checkpoint = None
         model, loader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        if sharded is not None:
-            self._load_shards(sharded)
         self._trained = [p for group in self.groups for p in group.params]
         if self._native_format():
             model.zero_grad = self._zero_grad
@@ -311,16 +276,6 @@ class MMTrainer(Trainer):
 
     # ---- checkpoints ----
 
-    @property
-    def shards_weights(self) -> bool:
-        """True under FSDP and ZeRO-3, where the weights themselves are shared between processes."""
-        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
-
-    def _native_format(self) -> bool:
-        """True when the weights are whole in this process; DeepSpeed and FSDP keep their own checkpoint formats."""
-        return not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
-
     def _state_names(self) -> set[str]:
         """What a checkpoint must hold: parameters that train, those named by ``also_save``, and all buffers."""
         names = {n for n, p in self.model.named_parameters() if p.requires_grad or n.startswith(self.also_save)}
@@ -386,34 +341,6 @@ class MMTrainer(Trainer):
             return None
         self._load_from_checkpoint(str(best))
         return int(best.name.split("-")[1])
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if self._native_format():
-            super().save_model(output_dir, _internal_call)
-            return
-        state = whole_state(self.model, self._state_names())
-        if is_main():
-            self._save(output_dir, state)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Shards keep their own format, without the frozen weights and, for FSDP, without those of ``save_model``."""
-        if self._native_format():
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        if self.is_deepspeed_enabled:
-            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
-        else:
-            plugin = self.accelerator.state.fsdp_plugin
-            save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
-        if is_main():
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")  # type: ignore[union-attr]
-
-    def _load_shards(self, folder: str) -> None:
-        """What the optimizer held, into a model that is sharded already."""
-        if self.is_deepspeed_enabled:
-            self.model_wrapped.load_checkpoint(folder, load_module_strict=False)
-        self._load_optimizer_and_scheduler(folder)
-        self._load_scaler(folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir) if output_dir else self.run.checkpoints(self.phase)

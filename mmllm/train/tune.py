@@ -259,6 +259,7 @@ def held_out_records(config: TuneConfig, folder: Path, rejected: Any) -> list[di
 
 def train_and_save(stage: str, config: TuneConfig, run: Any, folder: Path) -> None:
     """Reads the data, makes the model, trains it and writes ``final/``; ``folder`` is the dataset's."""
+    import torch
     from accelerate import PartialState
     from transformers import set_seed
     from transformers.utils import logging as hf_logging
@@ -296,7 +297,7 @@ def train_and_save(stage: str, config: TuneConfig, run: Any, folder: Path) -> No
     model, processor = make_model(config, dtype)
     check_template(config, data, processor)
     if config.llm_quantization:
-        quantize_llm(model.language_model, dtype, PartialState().device)
+        quantize_llm(model.language_model, dtype, torch.device(PartialState().device or "cpu"))
     fast_attention(model, config)
     groups = adapt(model, config)
     others = held_out_records(config, folder, rejected)

@@ -107,7 +107,7 @@ def test_fsdp2_in_mixed_precision_keeps_float32_copies_over_a_resumption(world, 
 def test_one_process_leaves_sharding_out(world, tmp_path, capsys):  # noqa: F811
     from mmllm.train.section import TrainSection
 
-    args = TrainSection(max_steps=1, fsdp=True, fsdp_config={"version": 2}).to_arguments(tmp_path)
+    args = TrainSection.model_validate({"max_steps": 1, "fsdp": True}).to_arguments(tmp_path)
     assert not args.fsdp and args.fsdp_plugin_args is None
     assert "nothing to shard" in capsys.readouterr().out
 
@@ -135,7 +135,7 @@ def test_deepspeed_that_is_not_there_is_told_in_one_line(world, tmp_path, monkey
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"not installed.*mmllm\[scale\]"):
-        TrainSection(max_steps=1, deepspeed=ZERO3).to_arguments(tmp_path)
+        TrainSection.model_validate({"max_steps": 1, "deepspeed": ZERO3}).to_arguments(tmp_path)
 
 
 def test_a_model_that_is_whole_stays_itself():
