@@ -56,8 +56,8 @@ def check(
 ) -> None:
     """Look at every record and say what is wrong, with file and line.
 
-    FILE is JSONL, CSV or TSV, tars (shard-{000..031}.tar), parquet, a folder of media, or the YAML config of an align
-    run: then every file that it trains on is checked, for what its streams need and its text towers take.
+    FILE is JSONL, CSV or TSV, tars (shard-{000..031}.tar), parquet, a folder of media, or the YAML config of a run:
+    then every file that it trains on is checked; of align for what its streams need and its text towers take.
     """
     from mmllm.data.check import check_file, words_limit
     from mmllm.data.columns import column_options

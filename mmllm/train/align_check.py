@@ -1,4 +1,4 @@
-"""Checks all data of an align config before anything is trained: `mmllm data check CONFIG.yaml`."""
+"""Checks all data of a config before anything is trained: `mmllm data check CONFIG.yaml`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmllm.config import load_config
+import yaml
+
+from mmllm.config import find_config, load_config
 from mmllm.data.models import resolve_dataset
 from mmllm.train.align import AlignConfig
 
 
 def check_config(path: str | Path, overrides: Sequence[str] = (), limit: int | None = None) -> tuple[int, list[str]]:
-    """Looks at every record that the sources and measures of an align config read.
+    """Looks at every record that the sources and measures of an align config read, or those of pretrain and tune.
 
     Each is checked for what its streams need and for the texts that its text towers take; a file that several of them
     read is checked for all together.
@@ -29,6 +31,10 @@ def check_config(path: str | Path, overrides: Sequence[str] = (), limit: int | N
     from mmllm.data.open import DataSpec, as_spec
     from mmllm.train.align_model import load_stream_tower
 
+    if "phases" not in (yaml.safe_load(find_config(path).read_text(encoding="utf-8")) or {}):
+        from mmllm.train.chat_config_check import check_chat_config
+
+        return check_chat_config(path, overrides, limit)
     config = load_config(path, list(overrides), AlignConfig)
     folder = Path(resolve_dataset(config.dataset))
     towers = {}

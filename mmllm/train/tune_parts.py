@@ -166,7 +166,9 @@ def tune_memory(
     rows = config.train.per_device_train_batch_size
     lengths = np.minimum(batches.lengths, config.max_length)
     row = getattr(batches, "row_length", None) or int(np.quantile(lengths, 0.9)) + 1
-    media = [len(record_media(record)) for record in batches.records]
+    tiles, processor = batches.processor.tiles, batches.processor
+    views = {"audio": lambda _: 1, "image": lambda source: tiles.views(processor.picture_grid(source)) if tiles else 1}
+    media = [sum(views[kind](source) for kind, source in record_media(record)) for record in batches.records]
     pictures = math.ceil(rows * (sum(media) / len(media)) * max(row / max(lengths.mean(), 1), 1))
     checkpointing = bool(config.train.model_dump().get("gradient_checkpointing"))
     return estimate_memory(model, groups, config.train.optim, rows * row, row, pictures, checkpointing)

@@ -234,3 +234,21 @@ def test_boxes_become_questions_and_marked_pictures_by_recipes(world, tmp_path):
     assert len(data) == 18 and all(r["branches"] for r in data.records)
     assert isinstance(data.records[0]["messages"][0]["content"][0]["path"], str)
     assert data.records[9]["messages"][0]["content"][0]["path"].name.endswith("with 2 marks")
+
+
+def test_data_check_reads_a_tune_config_as_the_run_would(world, tmp_path):  # noqa: F811
+    from click.testing import CliRunner
+
+    from mmllm.cli.data import command
+
+    (tmp_path / "bad.png").write_text("words")
+    undecodable = {"id": "u", "messages": [turn("user", {"type": "image", "path": "bad.png"}), *FINE["messages"][1:]]}
+    lines(tmp_path / "x.jsonl", FINE, {"id": "q", "messages": FINE["messages"][:1]}, undecodable)
+    file = tmp_path / "tune.yaml"
+    file.write_text(f"dataset: {tmp_path}\ndata: [{{path: x.jsonl, weight: 1}}]\n")
+    done = CliRunner().invoke(command, ["check", str(file)])
+    assert done.exit_code == 2 and f"{file}: 3 records, 2 problems" in done.output
+    assert f"{tmp_path}/x.jsonl:2 (id 'q'): no assistant turn" in done.output
+    assert f"{tmp_path}/x.jsonl:3 (id 'u'): " in done.output and "not a picture" in done.output
+    lines(tmp_path / "x.jsonl", {"id": "q", "messages": FINE["messages"][:1]})
+    assert "1 records, 1 problems" in CliRunner().invoke(command, ["check", str(file)]).output
