@@ -1,8 +1,8 @@
-"""Which conversations share a packed row: longest first, each into the fullest row that still takes it."""
+"""Which conversations share a packed row: the longest one left, with those that fill its rest best."""
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,28 +17,50 @@ from mmllm.data.fitting import chosen_parts, grown_ends
 POOL = 2048  # records that are planned together
 FULL = 0.98  # rows emptier than this wait for the next pool, up to WAIT of them
 WAIT = 8
+CHOICE = 128  # items that are tried together for the rest of a row
 
 
 def plan_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
-    """Items to rows of at most ``row_length`` (best fit, decreasing); an item longer than that has a row of its own.
+    """Items to rows of at most ``row_length``; an item longer than that has a row of its own.
+
+    Each row begins with the longest item left, and takes those others that fill its rest best, looked for among
+    ``CHOICE`` of all lengths that are left; where several sets do, the one with longer items, since short ones fill
+    later rows more easily.
 
     Returns:
         Numbers of the items of each row; every item is in one.
     """
+    left = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     rows: list[list[int]] = []
-    free: list[tuple[int, int]] = []  # (room left, row), sorted
-    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        at = bisect_left(free, (lengths[item], -1))
-        if at == len(free):
-            rows.append([item])
-            room, row = row_length - lengths[item], len(rows) - 1
-        else:
-            room, row = free.pop(at)
-            rows[row].append(item)
-            room -= lengths[item]
-        if room > 0:
-            insort(free, (room, row))
+    while left:
+        first = left.pop(0)
+        room = row_length - lengths[first]
+        fitting = bisect_left(left, -room, key=lambda i: -lengths[i]) if room > 0 else len(left)
+        step = max(1, -(-(len(left) - fitting) // CHOICE))
+        places = range(fitting, len(left), step)
+        taken = [places[k] for k in fill_best([lengths[left[at]] for at in places], room)]
+        rows.append([first, *(left[at] for at in taken)])
+        for at in reversed(taken):
+            del left[at]
     return rows
+
+
+def fill_best(lengths: Sequence[int], room: int) -> list[int]:
+    """Which items fill ``room`` best without passing it (subset sum), earlier ones before later ones; their numbers.
+
+    Sums that can be reached are the bits of an integer, so a row costs microseconds.
+    """
+    if room <= 0 or not lengths:
+        return []
+    reach, mask = [1], (1 << (room + 1)) - 1
+    for length in lengths:
+        reach.append((reach[-1] | reach[-1] << length) & mask)
+    total, taken = reach[-1].bit_length() - 1, []
+    for k in range(len(lengths) - 1, -1, -1):
+        if not reach[k] >> total & 1:  # not without this one
+            taken.append(k)
+            total -= lengths[k]
+    return taken[::-1]
 
 
 def fill_rate(rows: Sequence[Sequence[int]], lengths: Sequence[int], row_length: int) -> float:
