@@ -31,7 +31,7 @@ from mmllm.data.records import read_records
 from mmllm.train.chat_media import ChatMedia
 from mmllm.train.run import RunFolder
 from mmllm.train.trainer import MMTrainer
-from mmllm.train.tune import TuneConfig
+from mmllm.train.tune_config import TuneConfig
 from mmllm.train.tune_model import fast_attention, make_batches, make_model
 from mmllm.train.tune_parts import adapt
 

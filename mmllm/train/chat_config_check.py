@@ -10,7 +10,8 @@ from mmllm.data.check import check_record
 from mmllm.data.models import resolve_dataset
 from mmllm.data.rejected import Rejected
 from mmllm.errors import UserError
-from mmllm.train.tune import TuneConfig, read_data
+from mmllm.train.tune import read_data
+from mmllm.train.tune_config import TuneConfig
 
 
 def check_chat_config(

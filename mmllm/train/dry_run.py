@@ -22,7 +22,7 @@ from mmllm.train.shard_config import check_sharding
 from mmllm.train.shard_memory import saved_by_4bit, shared_memory
 from mmllm.train.sharded_parts import check_dtypes, check_parts
 from mmllm.train.sharding import layer_classes
-from mmllm.train.tune import MODALITIES, TuneConfig, check_quantization
+from mmllm.train.tune_config import MODALITIES, TuneConfig, check_quantization
 
 NAMES = {"ddp": "whole in each process (DDP)", "fsdp2": "FSDP2"} | {f"zero{k}": f"DeepSpeed ZeRO-{k}" for k in range(4)}
 

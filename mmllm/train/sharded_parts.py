@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mmllm.errors import UserError
-from mmllm.train.tune import TuneConfig
+from mmllm.train.tune_config import TuneConfig
 
 
 def check_parts(config: TuneConfig, injector: bool, deepspeed: bool, fsdp: bool) -> None:

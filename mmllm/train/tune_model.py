@@ -29,7 +29,7 @@ from mmllm.towers.training import merged
 from mmllm.train.chat_data import ChatData
 from mmllm.train.quantize import plain_llm
 from mmllm.train.run import final_folder, read_info
-from mmllm.train.tune import ModalitySection, TuneConfig
+from mmllm.train.tune_config import ModalitySection, TuneConfig
 
 MODALITIES = ("vision", "audio")
 

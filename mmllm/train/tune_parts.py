@@ -21,7 +21,7 @@ from mmllm.towers.training import apply_train
 from mmllm.train.kl_to_base import KLToBase
 from mmllm.train.memory import Memory, estimate_memory
 from mmllm.train.params import ParamGroup, set_trainable
-from mmllm.train.tune import LoraSection, TuneConfig
+from mmllm.train.tune_config import LoraSection, TuneConfig
 
 MODALITIES = ("vision", "audio")
 

@@ -22,7 +22,7 @@ from mmllm.errors import UserError
 from mmllm.model import MMLLMProcessor
 from mmllm.train.chat_data import ChatData
 from mmllm.train.chat_media import ChatMedia
-from mmllm.train.tune import TuneConfig
+from mmllm.train.tune_config import TuneConfig
 
 
 def fitting(

@@ -20,7 +20,7 @@ from mmllm.reproduce.arms import Step
 from mmllm.reproduce.hallucination import answers, page, run, verdict
 from mmllm.reproduce.hallucination.conditions import CONDITIONS, DRAWN, Condition, conditions_of, contrast, grid
 from mmllm.train.align import AlignConfig
-from mmllm.train.tune import TuneConfig
+from mmllm.train.tune_config import TuneConfig
 
 PLANS = run.Plan(data=PLAN, captions=4, decoding_seeds=2, max_new_tokens=4)
 FEW = (

@@ -19,7 +19,7 @@ from mmllm.errors import UserError
 from mmllm.model import load_model
 from mmllm.train.sharded_parts import check_dtypes, check_parts
 from mmllm.train.sharding import make_whole
-from mmllm.train.tune import TuneConfig
+from mmllm.train.tune_config import TuneConfig
 
 AUTO = {k: "auto" for k in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")}
 ZERO = {**AUTO, "gradient_clipping": "auto", "zero_allow_untested_optimizer": True, "bf16": {"enabled": "auto"}}

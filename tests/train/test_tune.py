@@ -18,7 +18,8 @@ from mmllm.data.chat_batches import ChatBatches
 from mmllm.data.conversations import IGNORE
 from mmllm.errors import UserError
 from mmllm.model import build_model, load_model
-from mmllm.train.tune import TuneConfig, run_stage, tune
+from mmllm.train.tune import run_stage, tune
+from mmllm.train.tune_config import TuneConfig
 
 COLOURS = {"red": (200, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 200), "grey": (120, 120, 120)}
 
