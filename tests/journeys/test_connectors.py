@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -46,7 +47,7 @@ def make_llm(folder: Path, words: list[str]) -> None:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=marks, show_progress=False, initial_alphabet=alphabet)
     plain.train_from_iterator(words, trainer)
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer: Any = PreTrainedTokenizerFast(
         tokenizer_object=plain, bos_token=marks[0], eos_token=marks[2], pad_token=marks[2]
     )
     torch.manual_seed(0)
