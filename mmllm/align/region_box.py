@@ -3,75 +3,67 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mmllm.align.objectives import box_targets, centre_cell
-from mmllm.blocks.box_code import box_code
+from mmllm.blocks.box_code import box_axes, waves
 from mmllm.contracts import AlignBatch, Objective
-from mmllm.errors import unknown
+from mmllm.errors import UserError, unknown
 from mmllm.registry import register
 
-
-def soft_bins(values: Tensor, bins: int) -> Tensor:
-    """Coordinates in 0..1, any shape -> [..., bins]: weight shared linearly between the two nearest bin centres."""
-    position = (values.clamp(0, 1) * bins - 0.5).clamp(0, bins - 1)
-    centres = torch.arange(bins, device=values.device, dtype=values.dtype)
-    return (1 - (position[..., None] - centres).abs()).clamp(min=0)
-
+GRID = 129  # values that a code is compared with
 
 @register("objective", "region_box")
 class RegionBox(Objective):
-    """Classifies, for each grid cell that lies on a thing, in which bin each side of the thing's box is.
+    """Writes into each grid cell that lies on a thing the box of that thing, in the code of ``mmllm.blocks.box_code``.
 
-    The same alignment as for names, for positions: the bins' directions are fixed, so the connector must write the box
-    into the token, where the LLM's attention carries it to the answer. Needs a connector with positions.
+    The same alignment as for names, for positions: the code is fixed, so the connector must write the box into the
+    token, where the LLM's attention carries it to the answer. Needs a connector with positions.
 
     Args:
         stream: whose ``token_embedding`` is aligned.
         dim: width of the word embeddings.
-        bins: per coordinate; 10 is one per first decimal.
-        scale: factor on the projections, which are taken relative to a word embedding's length.
+        reach: length at which each coordinate is written, in lengths of a word embedding around their mean.
         cells: ``all`` that lie on a thing carry its box, or the one of its ``centre``: the others are then about its
             name alone.
 
     Raises:
-        UserError: other ``cells``.
+        UserError: other ``cells``; word embeddings too narrow for the code.
     """
 
-    def __init__(self, stream: str, dim: int, bins: int = 10, scale: float = 12.0, cells: str = "all"):
+    def __init__(self, stream: str, dim: int, reach: float = 0.3, cells: str = "all"):
         super().__init__()
         if cells not in ("all", "centre"):
             raise unknown("choice", cells, ("all", "centre"), "cells")
-        self.stream, self.bins, self.scale, self.cells = stream, bins, scale, cells
+        self.stream, self.reach, self.cells = stream, reach, cells
         self.needs = frozenset({f"{stream}.token_embedding", "vocabulary"})
-        self.register_buffer("code", box_code(dim, bins))
+        try:
+            self.register_buffer("axes", box_axes(dim))
+        except ValueError as e:
+            raise UserError(f"boxes need {e}", "objective 'region_box'", "leave it out with so small an LLM") from None
+        self.register_buffer("grid", torch.linspace(0, 1, GRID))
 
-    def logits(self, tokens: Tensor, words: Tensor) -> Tensor:
-        """tokens [B, M, D], words [V, D] -> [B, M, 4, bins]."""
+    def written(self, tokens: Tensor, words: Tensor) -> Tensor:
+        """tokens [..., D], words [V, D] -> [..., 4, 6]: what they say of the four coordinates, in waves."""
         centre = words.mean(0)
         length = (words - centre).norm(dim=-1).mean()
-        return self.scale * torch.einsum("bmd,kcd->bmkc", (tokens - centre) / length, self.code.to(tokens))
+        return torch.einsum("...d,kwd->...kw", (tokens - centre) / length, self.axes.to(tokens)) / self.reach
 
-    def decode(self, logits: Tensor) -> Tensor:
-        """[..., 4, bins] -> boxes [..., 4]: the expected bin centre, in 0..1."""
-        centres = (torch.arange(self.bins, device=logits.device, dtype=logits.dtype) + 0.5) / self.bins
-        return (logits.softmax(-1) * centres).sum(-1)
+    def decode(self, written: Tensor) -> Tensor:
+        """[..., 4, 6] -> boxes [..., 4] in 0..1: of a fine grid the value whose code is nearest in direction."""
+        return self.grid[(written.float() @ waves(self.grid).T).argmax(-1)]
 
     def forward(self, batch: AlignBatch) -> dict[str, Tensor]:
-        stream = batch.streams[self.stream]
-        tokens, grid = stream.token_embedding, stream.grid
+        tokens, grid = batch.streams[self.stream].token_embedding, batch.streams[self.stream].grid
         assert tokens is not None and grid is not None and batch.boxes is not None
-        words = batch.extras["vocabulary"]["embedding"].to(tokens)
         owner, boxes = box_cells(batch, grid[1:], tokens.device, self.cells == "centre")
         on_thing = owner >= 0
         if not on_thing.any():
             return {"loss": tokens.sum() * 0.0}
-        logits = self.logits(tokens, words)[on_thing]
-        truth = boxes[owner[on_thing]]
-        loss = -(soft_bins(truth, self.bins) * F.log_softmax(logits, -1)).sum(-1).mean()
-        error = (self.decode(logits) - truth).abs().mean()
-        return {"loss": loss, "box_error": error.detach()}
+        words = batch.extras["vocabulary"]["embedding"].to(tokens)
+        found, truth = self.written(tokens[on_thing], words).float(), boxes[owner[on_thing]]
+        loss = (found - waves(truth)).pow(2).sum(-1).mean()
+        return {"loss": loss, "box_error": (self.decode(found.detach()) - truth).abs().mean()}
 
 
 def box_cells(

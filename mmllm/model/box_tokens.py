@@ -56,7 +56,7 @@ def add_box_tokens(model: Any, processor: Any, bins: int) -> None:
     try:
         x0, y0, x1, y1 = box_code(dim, bins)
     except ValueError as e:
-        raise UserError(f"{bins} bins are too many for this LLM ({e})", "box_tokens", f"at most {dim // 4}") from None
+        raise UserError(f"this LLM is too narrow for box tokens ({e})", "box_tokens", "leave out box_tokens") from None
     words = old.detach()[:count].float()
     centre = words.mean(0)
     length = (words - centre).norm(dim=-1).mean()

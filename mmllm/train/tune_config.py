@@ -140,7 +140,7 @@ class TuneConfig(StrictModel):
             ``per_device_train_batch_size`` counts these rows. auto: 2,048 on a GPU, 1,024 on a CPU. None: no packing.
         length_normalization: a token of an answer of n tokens weighs n^-this in the loss; 0: tokens alike, 1: answers.
         box_tokens: bins of a coordinate: boxes in text become two tokens each, one for each corner, instead of some
-            twenty; with the ``bins`` of align's objective ``region_box``, the LLM can copy a box that it sees.
+            twenty; after align's objective ``region_box`` the LLM can copy a box that it sees.
         llm_quantization: ``4bit`` holds the LLM's frozen weights in NF4 (QLoRA, arXiv 2305.14314), on a GPU by
             bitsandbytes; then ``train.llm`` is ``lora`` or ``none``. ``final/`` has the merged weights in ``dtype``.
         dtype: of the LLM; auto takes bfloat16 where this machine is faster with it (measured), else float32.

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mmllm.align.region_box import RegionBox, soft_bins
-from mmllm.blocks.box_code import box_code
+from mmllm.align.region_box import RegionBox
+from mmllm.blocks.box_code import box_axes, box_code, waves
 from mmllm.contracts import AlignBatch, Features, Stream
 from mmllm.errors import UserError
 
@@ -18,32 +18,42 @@ def batch_of(tokens: torch.Tensor, boxes: list[list[dict]], words: torch.Tensor)
     )
 
 
-def test_code_is_orthonormal_and_the_same_every_time():
-    code = box_code(64, 10)
-    flat = code.reshape(40, 64)
-    torch.testing.assert_close(flat @ flat.T, torch.eye(40), atol=1e-5, rtol=0)
-    assert torch.equal(code, box_code(64, 10))
+def test_axes_are_orthonormal_and_the_same_every_time():
+    flat = box_axes(64).reshape(24, 64)
+    torch.testing.assert_close(flat @ flat.T, torch.eye(24), atol=1e-5, rtol=0)
+    assert torch.equal(box_axes(64), box_axes(64))
+    with pytest.raises(ValueError, match="24 directions in 16"):
+        box_axes(16)
 
 
-def test_soft_bins_share_linearly_between_neighbouring_centres():
-    got = soft_bins(torch.tensor([0.05, 0.10, 0.999, 0.0]), 10)
-    assert got.sum(-1).tolist() == pytest.approx([1, 1, 1, 1])
-    assert got[0, 0].item() == pytest.approx(1)
-    assert got[1, :2].tolist() == pytest.approx([0.5, 0.5])
-    assert got[2, 9].item() == pytest.approx(1)
+def test_near_values_have_near_codes_of_length_one():
+    code = waves(torch.tensor([0.0, 0.1, 0.5, 1.0, 3.0]))
+    torch.testing.assert_close(code.norm(dim=-1), torch.ones(5))
+    alike = code @ code.T
+    assert alike[0, 1] > 0.75 and alike[0, 1] > alike[0, 2] and alike[0, 1] > alike[0, 3]
+    assert torch.equal(code[3], code[4])  # out of the picture is its edge
+    # cos(pi d) + cos(2 pi d) + cos(3 pi d) over three, for a distance of a half: only the middle one counts
+    assert alike[0, 2].item() == pytest.approx(-1 / 3, abs=1e-6)
 
 
-def test_a_token_written_in_the_code_has_a_low_loss_and_reads_back_as_its_box():
+def test_box_code_holds_the_middles_of_the_bins():
+    code = box_code(64, 4)
+    torch.testing.assert_close(code.norm(dim=-1), torch.ones(4, 4))
+    x1 = torch.einsum("d,wd->w", code[2, 3], box_axes(64)[2])
+    torch.testing.assert_close(x1, waves(torch.tensor(0.875)), atol=1e-5, rtol=0)
+
+
+def test_a_token_written_in_the_code_costs_nothing_and_reads_back_as_its_box():
     words = torch.randn(5, 64)
-    objective = RegionBox("image", 64, scale=40.0)
-    box = torch.tensor([0.05, 0.15, 0.45, 0.95])  # bin centres
+    objective = RegionBox("image", 64, reach=0.4)
+    box = torch.tensor([0.0625, 0.125, 0.5, 0.9375])  # on the fine grid
     length = (words - words.mean(0)).norm(dim=-1).mean()
-    written = words.mean(0) + length * torch.einsum("kc,kcd->d", soft_bins(box, 10), objective.code)
-    tokens = torch.stack([written] * 4)[None]
+    code = torch.einsum("kw,kwd->d", waves(box), objective.axes)
+    tokens = torch.stack([words.mean(0) + 0.4 * length * code] * 4)[None]
     things = [[{"xyxy": box.tolist(), "text": "cat"}]]
     out = objective(batch_of(tokens, things, words))
-    assert out["loss"].item() < 0.01 and out["box_error"].item() < 1e-3
-    torch.testing.assert_close(objective.decode(objective.logits(tokens, words))[0, 0], box, atol=1e-3, rtol=0)
+    assert out["loss"].item() < 1e-9 and out["box_error"].item() < 1e-6
+    torch.testing.assert_close(objective.decode(3 * objective.written(tokens, words))[0, 0], box)
 
 
 def test_background_cells_do_not_count_and_an_empty_scene_gives_zero():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_mm import tiny_model
 
-from mmllm.blocks.box_code import box_code
+from mmllm.blocks.box_code import box_axes, waves
 from mmllm.errors import UserError
 from mmllm.model import load_model
 from mmllm.model.box_tokens import add_box_tokens, corner_tokens, snap_boxes
@@ -51,18 +51,14 @@ def test_the_rows_are_words_in_the_code_of_region_box(tiny_mm):
     assert torch.equal(after[:count], before[:count])  # all others bit for bit
     centre = before[:count].mean(0)
     length = (before[:count] - centre).norm(dim=-1).mean()
-    code = box_code(before.shape[1], 4)
+    axes = box_axes(before.shape[1])
     # x is bin 2, y is bin 1 of four: 0.625 and 0.375 of 999
-    row = after[processor.tokenizer.convert_tokens_to_ids("<box>624,375,")]
-    along = torch.einsum("kbd,d->kb", code, (row - centre) / length)
-    wanted = torch.zeros(4, 4)
-    wanted[0, 2] = wanted[1, 1] = 2**-0.5
-    torch.testing.assert_close(along, wanted, atol=0.02, rtol=0)
-    row = after[processor.tokenizer.convert_tokens_to_ids("624,375</box>")]
-    along = torch.einsum("kbd,d->kb", code, (row - centre) / length)
-    wanted = torch.zeros(4, 4)
-    wanted[2, 2] = wanted[3, 1] = 2**-0.5
-    torch.testing.assert_close(along, wanted, atol=0.02, rtol=0)
+    for name, k in (("<box>624,375,", 0), ("624,375</box>", 2)):
+        row = after[processor.tokenizer.convert_tokens_to_ids(name)]
+        found = torch.einsum("kwd,d->kw", axes, (row - centre) / length)
+        wanted = torch.zeros(4, 6)
+        wanted[k], wanted[k + 1] = waves(torch.tensor(0.625)) / 2**0.5, waves(torch.tensor(0.375)) / 2**0.5
+        torch.testing.assert_close(found, wanted, atol=0.02, rtol=0)
 
 
 def test_a_saved_model_keeps_its_box_tokens(tiny_mm, tmp_path):
@@ -78,10 +74,3 @@ def test_a_saved_model_keeps_its_box_tokens(tiny_mm, tmp_path):
     torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits.float(), atol=1e-4, rtol=1e-4)
     with pytest.raises(UserError, match="box tokens already"):
         add_box_tokens(again, reader, 4)
-
-
-def test_bins_that_do_not_fit_the_width_are_told(tiny_mm):
-    model, processor = tiny_mm
-    width = model.get_input_embeddings().weight.shape[1]
-    with pytest.raises(UserError, match="too many for this LLM"):
-        add_box_tokens(model, processor, width)
