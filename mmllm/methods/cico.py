@@ -2,7 +2,7 @@
 
 slug: cico
 number: 58
-shelf: 3
+shelf: 1
 kind: objective
 config: "objectives: [{type: cico, options: {pair: [video, text]}}]  # and a connector for both streams"
 left_out: the sign encoder trained on pseudo-labels of another domain, and the sign language data.

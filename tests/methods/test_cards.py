@@ -48,6 +48,10 @@ def test_numbers_and_slugs_are_unique():
     assert len({c.number for c in ALL}) == len({c.slug for c in ALL}) == len(ALL)
 
 
+def test_the_first_shelf_is_whole():
+    assert len([c for c in ALL if c.shelf == 1]) == 27
+
+
 def test_cards_are_read_without_torch():
     code = "import sys; from mmllm.methods import cards; assert cards(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
