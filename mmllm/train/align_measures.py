@@ -126,7 +126,8 @@ def plain_embeddings(
     """Unaugmented embeddings of a stream (the query stream): [N, P], or tokens [N, M, D] with their grid."""
     stream = measure.streams[0] if stream is None else stream
     tower = stage.model.tower(stream)
-    augment = augment_of(stage, stream) if tower.modality == "vision" else "none"
+    whole = any(record.get("boxes") is not None for record in records)  # a scene is no cut-out that needs a canvas
+    augment = augment_of(stage, stream) if tower.modality == "vision" and not whole else "none"
     field = "tokens" if kind == "token_embedding" else "pooled"
     size = measure.image_size or stage.model.image_size.get(stream)
     found = stage.frozen(
