@@ -31,6 +31,9 @@ class RegionBox(Objective):
         UserError: other ``cells``; word embeddings too narrow for the code.
     """
 
+    axes: Tensor
+    grid: Tensor
+
     def __init__(self, stream: str, dim: int, reach: float = 0.3, cells: str = "all"):
         super().__init__()
         if cells not in ("all", "centre"):

@@ -30,6 +30,8 @@ class RegionSide(Objective):
             the way; nearer to the middle it goes in proportion.
     """
 
+    axes: Tensor
+
     def __init__(self, stream: str, dim: int, words: str, reach: float = 0.5, soft: float = 0.2):
         super().__init__()
         self.stream, self.words, self.reach, self.soft = stream, words, reach, soft

@@ -260,7 +260,8 @@ def load_model(
         raise UserError(f"cannot load the model ({str(e).splitlines()[0]})", path) from None
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.eval().to(device), processor
+    whole: Any = model.eval()
+    return whole.to(device), processor
 
 
 def _model_folder(path: str | Path) -> str:

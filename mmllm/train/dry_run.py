@@ -12,7 +12,7 @@ import torch
 from mmllm.align.folder import FILE as ALIGN_FILE
 from mmllm.config import load_config
 from mmllm.data.models import resolve_model
-from mmllm.data.records import read_records
+from mmllm.data.open import located_records
 from mmllm.errors import UserError
 from mmllm.model.meta import meta_folder, meta_llm, meta_model, meta_tower
 from mmllm.train.memory import Memory, estimate_memory, print_memory
@@ -105,8 +105,8 @@ def planned_model(config: TuneConfig, dtype: torch.dtype) -> Any:
 
 def about_data(config: TuneConfig) -> str:
     """How many records there are, where the dataset is a folder of this machine."""
-    files = [config.data] if isinstance(config.data, str) else config.data
-    found = [Path(config.dataset) / f for f in files]
+    listed = config.data if isinstance(config.data, list) else [config.data]
+    found = [Path(config.dataset) / (source if isinstance(source, str) else source.path) for source in listed]
     if not all(f.is_file() for f in found):
         return "the data is not here and was not looked at"
-    return f"{sum(1 for f in found for _ in read_records(f)):,} conversations"
+    return f"{sum(1 for s in listed for _ in located_records(s, None, Path(config.dataset))):,} conversations"
