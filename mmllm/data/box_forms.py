@@ -6,8 +6,6 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from PIL import Image
-
 from mmllm.data.blob import media_file, media_name
 from mmllm.errors import UserError, unknown
 
@@ -73,6 +71,8 @@ def _size(record: dict[str, Any], image: Any, where: object) -> tuple[float, flo
         return float(stated[0]), float(stated[1])  # type: ignore[arg-type]
     if image is None or isinstance(image, list):
         raise UserError("boxes in pixels need width and height", where)
+    from PIL import Image
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)

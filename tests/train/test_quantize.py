@@ -15,8 +15,8 @@ installed = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsan
 CPU = torch.device("cpu")
 
 
-@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
-def test_without_bitsandbytes_it_is_told_in_one_line(world, tmp_path):  # noqa: F811
+def test_without_bitsandbytes_it_is_told_in_one_line(world, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name == "bitsandbytes" else find_spec(name))
     with pytest.raises(UserError, match="not installed.*mmllm\\[qlora\\]") as e:
         tune("tune", config(world, llm_quantization="4bit", train={"llm": "lora"}), tmp_path / "run")
     assert "\n" not in str(e.value) and not (tmp_path / "run").exists()

@@ -129,11 +129,11 @@ def test_what_does_not_go_with_shards_is_told_before_training(world):  # noqa: F
     check_dtypes([torch.nn.Parameter(torch.zeros(1, dtype=d)) for d in (torch.half, torch.float)], True)
 
 
-@pytest.mark.skipif(find_spec("deepspeed") is not None, reason="DeepSpeed is installed")
 def test_deepspeed_that_is_not_there_is_told_in_one_line(world, tmp_path, monkeypatch):  # noqa: F811
     from mmllm.train.section import TrainSection
 
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name == "deepspeed" else find_spec(name))
     with pytest.raises(UserError, match=r"not installed.*mmllm\[scale\]"):
         TrainSection.model_validate({"max_steps": 1, "deepspeed": ZERO3}).to_arguments(tmp_path)
 
