@@ -16,7 +16,8 @@ CPU = torch.device("cpu")
 
 
 def test_without_bitsandbytes_it_is_told_in_one_line(world, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name == "bitsandbytes" else find_spec(name))
+    missing = lambda name, *_: None if name == "bitsandbytes" else find_spec(name)  # noqa: E731
+    monkeypatch.setattr("importlib.util.find_spec", missing)
     with pytest.raises(UserError, match="not installed.*mmllm\\[qlora\\]") as e:
         tune("tune", config(world, llm_quantization="4bit", train={"llm": "lora"}), tmp_path / "run")
     assert "\n" not in str(e.value) and not (tmp_path / "run").exists()
