@@ -1,4 +1,4 @@
-"""`mmllm pretrain`, `tune` and `eval` with each connector; seeing beats not seeing by the margins that a config states."""
+"""`mmllm pretrain`, `tune` and `eval` with each connector; seeing beats not seeing by the margins of a config."""
 
 from __future__ import annotations
 
