@@ -17,7 +17,7 @@ OWN = {
     "scienceqa": "scienceqa", "mmvp": "mmvp", "amber": "amber", "hallusion": "hallusion", "textvqa": "textvqa",
     "vqav2": "vqav2", "gqa": "gqa", "refcoco": "refcoco", "refcoco+": "refcoco", "refcocog": "refcoco",
     "flickr30k": "flickr30k", "coco_captions": "coco_captions", "esc50": "esc50", "clotho": "clotho",
-    "audiocaps": "audiocaps", "mmau": "mmau",
+    "audiocaps": "audiocaps", "mmau": "mmau", "imagefolder": "imagefolder",
 }  # fmt: skip
 
 

@@ -22,8 +22,6 @@ from mmllm.evaluate.zero_shot import embed_classes
 from mmllm.report.figures import Figure, write_figures
 
 BATCH = 64
-# How the classes of a benchmark are put into words; the data sets leave that open.
-TEMPLATES = {"esc50": ("This is a sound of {}.",)}
 
 
 def run_aligned(
@@ -35,7 +33,7 @@ def run_aligned(
     seed: int = 0,
     command: str = "mmllm eval",
 ) -> list[Figure]:
-    """Retrieval both ways (captions) and zero-shot accuracy (ESC-50), as CLIP_benchmark measures them.
+    """Retrieval both ways (captions) and zero-shot accuracy (ESC-50, class folders), as CLIP_benchmark measures them.
 
     A query counts when any of its own is among the first k. Equal captions of two items are not merged: there the
     other's counts as wrong. A class is the unit mean of its templates' unit embeddings.
@@ -53,14 +51,14 @@ def run_aligned(
     folder = Path(out) if out is not None else Path(run) / "bench"
     classes = {name: get_benchmark(name) for name in dict.fromkeys(tasks)}
     for name, cls in classes.items():
-        if not issubclass(cls, CaptionBenchmark) and name not in TEMPLATES:
+        if not issubclass(cls, CaptionBenchmark) and not cls.templates:
             raise UserError(f"{name} asks questions, and an align run answers none", "--align", "give --model RUN")
     benchmarks = [cls(data, None, seed, folder) for cls in classes.values()]
     samples = {b.name: b.samples(limit) for b in benchmarks}
     embedder = Embedder(run)
     figures = []
     for b in benchmarks:
-        measure = zero_shot if b.name in TEMPLATES else retrieval
+        measure = zero_shot if b.templates else retrieval
         figures += measure(b, samples[b.name], embedder)
     extra = {"align": str(run), "data": str(data), "limit": limit, "seconds": round(time.monotonic() - start, 1)}
     write_figures(folder / "results.json", command, seed, None, [], figures, **extra)
@@ -102,7 +100,7 @@ def zero_shot(benchmark: Benchmark, samples: Sequence[Sample], embedder: Any) ->
     """Accuracy of the nearest class, the share within the five nearest, and the mean of the classes' recalls."""
     media, text = streams_of(embedder, benchmark.kind)
     names = list(samples[0].choices or ())
-    classes = embed_classes(lambda texts: embedded(embedder, text, texts), names, TEMPLATES[benchmark.name])
+    classes = embed_classes(lambda texts: embedded(embedder, text, texts), names, benchmark.templates)
     sim = embedded(embedder, media, [s.media[0] for s in samples]) @ classes.T
     truth, clusters = [names.index(s.gold) for s in samples], [s.cluster for s in samples]
     place = ranks(sim, truth)

@@ -97,6 +97,7 @@ class Benchmark(Task):
         kind: "image" or "audio".
         may_lack_media: media that are not there are left out and counted instead of being an error.
         parses: False where every answer is accepted (captions), so that nothing can be unparsed.
+        templates: how an align run puts a class into words, ``{}`` for its name; none: it is not measured on classes.
     """
 
     folders: tuple[str, ...] = ()
@@ -107,6 +108,7 @@ class Benchmark(Task):
     may_lack_media: bool = False
     parses: bool = True
     closed: bool = False
+    templates: tuple[str, ...] = ()
 
     def __init__(
         self, data: str | Path, style: str | None = None, seed: int = 0, scratch: str | Path | None = None

@@ -32,6 +32,7 @@ class Esc50(Benchmark):
     kind = "audio"
     styles = {"official": Style(which, lambda text, s: parsers.name_in(text, s.choices or ()), 16)}
     closed = True
+    templates = ("This is a sound of {}.",)  # the data set leaves open how its classes are put into words
 
     def read(self) -> list[Sample]:
         path = self.need("meta/esc50.csv", "esc50.csv")

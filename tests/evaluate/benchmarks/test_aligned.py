@@ -82,6 +82,29 @@ def test_zero_shot_classes_of_sounds(run, tmp_path, make):
     assert got["esc50_zero_shot_top5"].chance == 5 / 7
 
 
+def test_zero_shot_classes_of_folders_of_pictures(run, tmp_path, make):
+    folder, model = run
+    root = tmp_path / "imagefolder"
+    paths = [make.draw(root / f"test/{c}/{i}.png") for c in ("n01", "n02", "n03") for i in range(2)]
+    (root / "classnames.txt").write_text("tench\nred fox\nsea lion\n")
+    (root / "zeroshot_classification_templates.txt").write_text("a photo of a {c}.\na drawing of the {c}.\n")
+    got = {f.name: f for f in run_aligned(folder, tmp_path, ["imagefolder"], out=tmp_path / "out")}
+    names = ["tench", "red fox", "sea lion"]
+    words = [[t.replace("{c}", n) for t in ("a photo of a {c}.", "a drawing of the {c}.")] for n in names]
+    classes = torch.stack([torch.nn.functional.normalize(model.embed("text", w).mean(0), dim=0) for w in words])
+    best = (model.embed("image", [load_image(p) for p in paths]) @ classes.T).argmax(1).tolist()
+    hits = [b == t for b, t in zip(best, [0, 0, 1, 1, 2, 2])]
+    assert got["imagefolder_zero_shot_accuracy"].value == pytest.approx(sum(hits) / 6)
+    recalls = [(hits[2 * k] + hits[2 * k + 1]) / 2 for k in range(3)]
+    assert got["imagefolder_zero_shot_mean_recall"].value == pytest.approx(sum(recalls) / 3)
+    (root / "classnames.txt").write_text("tench\nred fox\n")
+    with pytest.raises(UserError, match="2 names for 3 folders"):
+        run_aligned(folder, tmp_path, ["imagefolder"], out=tmp_path / "out")
+    with pytest.raises(UserError, match="no folders of classes here"):
+        (tmp_path / "empty").mkdir()
+        run_aligned(folder, tmp_path / "empty", ["imagefolder"], out=tmp_path / "out")
+
+
 def test_a_run_without_sounds_says_so(run, tmp_path, make):
     model = run[1]
     bare = AlignModel({n: model.towers[n] for n in ("image", "text")}, {"image": "image", "text": "text"},

@@ -52,6 +52,7 @@ TABLE = [
     ("mmau", "lmms", LETTERS, {"(B)": "B", "dog": None}),
     ("esc50", "official", SOUND, {"Sea waves.": "sea waves", "rain": None}),
     ("esc50", "scored", SOUND, {"dog": "dog"}),
+    ("imagefolder", "official", SOUND, {"Sea waves.": "sea waves", "rain": None}),
     ("textvqa", "official", PEOPLE, {"Two.": "2"}),
     ("textvqa", "llava", PEOPLE, {"the dog": "dog"}),
     ("textvqa", "lmms", PEOPLE, {"the dog": "dog"}),
