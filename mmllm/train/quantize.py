@@ -45,7 +45,9 @@ def quantize_llm(llm: Any, dtype: torch.dtype, device: torch.device) -> int:
     Args:
         dtype: that the layers compute in.
     """
-    import bitsandbytes as bnb  # pyright: ignore[reportMissingImports]  (an extra)
+    import bitsandbytes  # pyright: ignore[reportMissingImports]  (an extra)
+
+    bnb: Any = bitsandbytes
 
     count = 0
     for parent, name, old in linear_layers(llm):

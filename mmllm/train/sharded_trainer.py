@@ -21,6 +21,8 @@ class ShardedTrainer(Trainer):
     ``_load_from_checkpoint``).
     """
 
+    model: Any  # a wrapped one is known to type checkers only where DeepSpeed is installed, and wrongly
+    model_wrapped: Any
     _dtypes: dict[str, torch.dtype] | None = None  # of all parameters before they were sharded
 
     def _state_names(self) -> set[str]:
