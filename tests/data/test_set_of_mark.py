@@ -10,8 +10,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from mmllm.data.blob import media_stamp
+from mmllm.data.build import build_dataset
 from mmllm.data.media import load_image
-from mmllm.data.models import resolve_dataset
 from mmllm.data.open import open_records
 from mmllm.data.recipes import apply_recipes
 from mmllm.data.records import Located
@@ -147,11 +147,9 @@ def test_most_things_and_bad_options():
             made([SCENE], **options)
 
 
+@pytest.mark.slow
 def test_starter_scenes_get_their_numbers():
-    try:
-        folder = resolve_dataset("starter:fast")
-    except UserError:
-        pytest.skip("the starter dataset is not built here")
+    folder = build_dataset("starter.yaml", "fast")
     scenes = list(open_records({"path": str(folder / "eval/scenes_seen.jsonl"), "limit": 8}))
     for scene, record in zip(scenes, made(scenes)):
         plain = np.asarray(load_image(scene["image"]), int)

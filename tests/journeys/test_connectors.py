@@ -13,10 +13,9 @@ import pytest
 import yaml
 
 import mmllm
+from mmllm.data.build import build_dataset
 from mmllm.data.chat_batches import record_media
-from mmllm.data.models import resolve_dataset
 from mmllm.data.records import read_records
-from mmllm.errors import UserError
 from mmllm.report.figures import read_figures
 
 pytestmark = pytest.mark.slow
@@ -63,10 +62,7 @@ def make_llm(folder: Path, words: list[str]) -> None:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """The fast starter's conversations about pictures, and the LLM."""
-    try:
-        source = Path(resolve_dataset("starter:fast"))
-    except UserError:
-        pytest.skip("starter:fast is not built: mmllm data build data_recipes/starter.yaml --size fast")
+    source = build_dataset("starter.yaml", "fast")
     root, words = tmp_path_factory.mktemp("connectors"), []
     for stage in ("pretrain", "tune"):
         rows = []
