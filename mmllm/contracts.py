@@ -220,9 +220,12 @@ class Connector(nn.Module):
 
     Attributes:
         takes_text: True when ``forward`` makes use of a text, and gives as many tokens whatever the input.
+        text_parts: parts of the names of weights that serve the text alone; a trained connector that is changed so as
+            to take no text leaves them behind.
     """
 
     takes_text: bool = False
+    text_parts: tuple[str, ...] = ()
 
     def forward(self, features: Features, text: Features | None = None) -> tuple[Tensor, Tensor]:
         """Returns tokens [B, M, D_out] and mask [B, M] bool."""

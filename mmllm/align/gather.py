@@ -73,7 +73,8 @@ def _features(features: Features, ranks: Ranks) -> Features:
 
 
 def _counts(n: int, ranks: Ranks, batch: AlignBatch) -> list[int]:
-    some = next(x for s in batch.streams.values() for x in (s.embedding, s.token_embedding, s.owner) if x is not None)
+    held = ((s.embedding, s.token_embedding, s.owner, s.features and s.features.tokens) for s in batch.streams.values())
+    some = next(x for found in held for x in found if x is not None)
     return ranks.gather(torch.tensor([n], device=some.device)).tolist()
 
 

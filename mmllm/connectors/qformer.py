@@ -6,7 +6,8 @@ With a text (InstructBLIP, arXiv 2305.06500) the queries also see the question, 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,32 +23,35 @@ class _Block(nn.Module):
     """Self-attention among the queries, cross-attention to the tower where asked, feed-forward; all pre-norm.
 
     Text tokens share the self-attention with the queries and have a feed-forward of their own; they never look at the
-    tower. The last block only lets the queries look at them.
+    tower. A last block whose text nobody reads only lets the queries look at it.
     """
 
-    def __init__(self, dim: int, memory_dim: int, heads: int, cross: bool, dropout: float, text: bool, last: bool):
+    def __init__(self, dim: int, memory_dim: int, heads: int, cross: bool, dropout: float, text: bool):
         super().__init__()
         self.norm_self, self.self_attention = nn.LayerNorm(dim), CrossAttention(dim, dim, heads)
         self.norm_cross = nn.LayerNorm(dim) if cross else None
         self.cross_attention = CrossAttention(dim, memory_dim, heads) if cross else None
         self.norm_mlp = nn.LayerNorm(dim)
         self.mlp = feed_forward(dim, dropout)
-        grows = text and not last
-        self.norm_text = nn.LayerNorm(dim) if grows else None
-        self.mlp_text = feed_forward(dim, dropout) if grows else None
+        self.norm_text = nn.LayerNorm(dim) if text else None
+        self.mlp_text = feed_forward(dim, dropout) if text else None
 
     def forward(
-        self, x: Tensor, memory: Tensor, allowed: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None
+        self, x: Tensor, memory: Tensor, allowed: Tensor, text: Tensor | None = None, seen: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Queries x [B, K, D], memory [B, N, M], text [B, L, D] with mask [B, L] -> queries, text."""
+        """Queries x [B, K, D], memory [B, N, M], text [B, L, D] -> queries, text.
+
+        Args:
+            seen: bool, which of queries and text the self-attention may look at: [B, K + L], or, where not all may look
+                at the same, [B, K + L, K + L].
+        """
         y = self.norm_self(x)
-        if text is None or text_mask is None:
+        if text is None or seen is None:
             x = x + self.self_attention(y, y)
         else:
             both = torch.cat([y, self.norm_self(text)], 1)
-            seen = torch.cat([text_mask.new_ones(x.shape[:2]), text_mask], 1)
             if self.mlp_text is None or self.norm_text is None:
-                x, text = x + self.self_attention(y, both, seen), None
+                x, text = x + self.self_attention(y, both, seen if seen.ndim == 2 else seen[:, : x.shape[1]]), None
             else:
                 mixed = self.self_attention(both, both, seen)
                 x, text = x + mixed[:, : x.shape[1]], text + mixed[:, x.shape[1] :]
@@ -55,6 +59,13 @@ class _Block(nn.Module):
         if self.cross_attention is not None and self.norm_cross is not None:
             x = x + self.cross_attention(self.norm_cross(x), memory, allowed)
         return x + self.mlp(self.norm_mlp(x)), text
+
+    def read(self, text: Tensor, text_mask: Tensor) -> Tensor:
+        """Text [B, L, D] by itself, with its mask [B, L]."""
+        assert self.norm_text is not None and self.mlp_text is not None
+        y = self.norm_self(text)
+        text = text + self.self_attention(y, y, text_mask)
+        return text + self.mlp_text(self.norm_text(text))
 
 
 @register("connector", "qformer")
@@ -66,6 +77,8 @@ class QFormerConnector(FolderConnector):
     Args:
         text_dim: width of a text that the queries see too (in a multimodal LLM the width of its word embeddings, which
             ``text_dim: auto`` stands for there); None: they see none.
+        text_output: whether the text goes through the last block, too, for ``joint``; asked for by the first stage
+            (the objective ``qformer``).
     """
 
     def __init__(
@@ -79,6 +92,7 @@ class QFormerConnector(FolderConnector):
         cross_every: int = 1,
         dropout: float = 0.0,
         text_dim: int | str | None = None,
+        text_output: bool = False,
     ):
         if hidden_dim % num_heads:
             raise UserError(
@@ -89,6 +103,8 @@ class QFormerConnector(FolderConnector):
         text_dim = out_dim if text_dim == "auto" else text_dim
         if text_dim is not None and (not isinstance(text_dim, int) or text_dim < 1):
             raise UserError(f"text_dim must be auto or above 0 (got {text_dim!r})", "connector 'qformer'")
+        if text_output and text_dim is None:
+            raise UserError("text_output, but no text_dim", "connector 'qformer'", "set text_dim: auto")
         super().__init__(
             "qformer",
             in_dim,
@@ -100,19 +116,28 @@ class QFormerConnector(FolderConnector):
             cross_every=cross_every,
             dropout=dropout,
             **({} if text_dim is None else {"text_dim": text_dim}),
+            **({"text_output": True} if text_output else {}),
         )
         self.num_queries = num_queries
         self.queries = nn.Parameter(torch.randn(num_queries, hidden_dim) * 0.02)
         self.norm_in = nn.LayerNorm(in_dim)
         self.blocks = nn.ModuleList(
             _Block(
-                hidden_dim, in_dim, num_heads, i % cross_every == 0, dropout, text_dim is not None, i == num_layers - 1
+                hidden_dim,
+                in_dim,
+                num_heads,
+                i % cross_every == 0,
+                dropout,
+                text=text_dim is not None and (text_output or i < num_layers - 1),
             )
             for i in range(num_layers)
         )
         self.norm_out = nn.LayerNorm(hidden_dim)
         self.out = nn.Linear(hidden_dim, out_dim)
         self.text_in = nn.Linear(text_dim, hidden_dim) if text_dim is not None else None
+        self.norm_text_out = nn.LayerNorm(hidden_dim) if text_output else None
+
+    text_parts = ("text_in.", "norm_text.", "mlp_text.", "norm_text_out.")
 
     @property
     def takes_text(self) -> bool:
@@ -128,14 +153,70 @@ class QFormerConnector(FolderConnector):
         Raises:
             UserError: a text for a connector without ``text_dim``, or one of another width.
         """
+        words, seen = None, None
+        if text is not None:
+            words, there = self._words(text)
+            seen = torch.cat([there.new_ones(len(there), self.num_queries), there], 1)
+        x, _, mask = self._run(features, words, seen)
+        return self.out(self.norm_out(x)), mask.any(1, keepdim=True).expand(-1, self.num_queries)
+
+    def joint(
+        self, features: Features, text: Features, attention: str, start: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and text side by side, as the first stage trains them (BLIP-2, section 3.1 and figure 2).
+
+        Args:
+            features: of B inputs, with one row of text for each.
+            attention: ``bidirectional``: all see all; ``causal``: queries do not see the text, a text token sees the
+                queries and the text up to itself.
+            start: [hidden_dim], a first text token ([CLS] or [DEC] of the paper).
+
+        Returns:
+            Queries [B, num_queries, hidden_dim], text [B, 1 + L, hidden_dim], and the text's mask [B, 1 + L].
+
+        Raises:
+            UserError: a connector without ``text_output``.
+            ValueError: another ``attention``.
+        """
+        words, there = self._started(text, start)
+        x, words, _ = self._run(features, words, joint_mask(attention, self.num_queries, there))
+        return self.norm_out(x), self._finished(words), there
+
+    def separate(self, features: Features, text: Features, start: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries [B, num_queries, hidden_dim] and text [T, 1 + L, hidden_dim], neither seeing the other.
+
+        The unimodal attention of BLIP-2; inputs and texts need not be as many. Arguments as for ``joint``.
+
+        Raises:
+            UserError: a connector without ``text_output``.
+        """
+        words, there = self._started(text, start)
+        x, _, _ = self._run(features, None, None)
+        for block in cast(Iterable[_Block], self.blocks):
+            words = block.read(words, there)
+        return self.norm_out(x), self._finished(words)
+
+    def _started(self, text: Features, start: Tensor) -> tuple[Tensor, Tensor]:
+        if self.norm_text_out is None:
+            raise UserError("this query transformer's text has no output", "connector 'qformer'", "set text_output")
+        words, there = self._words(text)
+        words = torch.cat([start.to(words.dtype).expand(len(words), 1, -1), words], 1)
+        return words, torch.cat([there.new_ones(len(there), 1), there], 1)
+
+    def _finished(self, words: Tensor | None) -> Tensor:
+        assert words is not None and self.norm_text_out is not None
+        return self.norm_text_out(words)
+
+    def _run(
+        self, features: Features, words: Tensor | None, seen: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Queries, text and the mask of the tower's tokens, after all blocks."""
         # Class tokens stay: queries can use them, and they cost no output token.
         tokens, mask = self.content(Features(features.tokens, features.mask, features.pooled))
-        x = self.queries.expand(len(tokens), -1, -1)
-        memory = self.norm_in(tokens)
-        words, words_mask = (None, None) if text is None else self._words(text)
+        x, memory = self.queries.expand(len(tokens), -1, -1), self.norm_in(tokens)
         for block in self.blocks:
-            x, words = block(x, memory, mask, words, words_mask)
-        return self.out(self.norm_out(x)), mask.any(1, keepdim=True).expand(-1, self.num_queries)
+            x, words = block(x, memory, mask, words, seen)
+        return x, words, mask
 
     def _words(self, text: Features) -> tuple[Tensor, Tensor]:
         """The text's tokens [B, L, hidden_dim] with sinusoids of their places, and its mask."""
@@ -155,6 +236,23 @@ class QFormerConnector(FolderConnector):
 
     def out_grid(self, grid: tuple[int, int, int] | None) -> None:
         """None: a token belongs to no place."""
+
+
+def joint_mask(attention: str, queries: int, text_mask: Tensor) -> Tensor:
+    """What queries and text may look at in ``QFormerConnector.joint``: text_mask [B, L] -> bool [B, K + L, K + L].
+
+    Raises:
+        ValueError: another ``attention`` than bidirectional or causal.
+    """
+    if attention not in ("bidirectional", "causal"):
+        raise ValueError(f"attention {attention!r}: bidirectional or causal")
+    size = queries + text_mask.shape[1]
+    there = torch.cat([text_mask.new_ones(len(text_mask), queries), text_mask], 1)
+    pairs = torch.ones(size, size, dtype=torch.bool, device=text_mask.device)
+    if attention == "causal":
+        pairs[:queries, queries:] = False
+        pairs[queries:, queries:] = pairs[queries:, queries:].tril()
+    return pairs & there[:, None]
 
 
 def sinusoids(place: Tensor, dim: int) -> Tensor:

@@ -65,6 +65,7 @@ def make_objectives(config: AlignConfig, phase: PhaseConfig, model: AlignModel) 
         UserError: unknown objective or option.
     """
     import mmllm.align.objectives
+    import mmllm.align.qformer_stage
     import mmllm.align.region_box
     import mmllm.align.region_side  # noqa: F401  (all register the core objectives)
     from mmllm.align.step import Term

@@ -158,13 +158,17 @@ def _takes_size(folder: str) -> bool:
 def with_changes(connector: Connector, changes: dict[str, Any]) -> Connector:
     """The connector with other settings and all its weights; parameters that are new start fresh.
 
+    One that no longer takes a text (``text_dim: null``) goes without what served the text alone.
+
     Raises:
         UserError: the changed connector has no place for a trained weight.
     """
     if not changes:
         return connector
     new = build_connector({**connector.to_config(), **changes})
-    old, here = connector.state_dict(), new.state_dict()
+    left = connector.text_parts if connector.takes_text and not new.takes_text else ()
+    old = {k: v for k, v in connector.state_dict().items() if not any(part in k for part in left)}
+    here = new.state_dict()
     for key, value in old.items():
         if key not in here or here[key].shape != value.shape:
             raise UserError(f"the aligned weight '{key}' does not fit", "connector", "keep the align run's settings")

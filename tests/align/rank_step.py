@@ -10,14 +10,16 @@ import torch.distributed as dist
 from mmllm.align.config import HeadConfig
 from mmllm.align.model import AlignModel, ProjectionHead
 from mmllm.align.objectives import InfoNCE, SigLIP
+from mmllm.align.qformer_stage import QFormerStage
 from mmllm.align.record_keys import stable_id
 from mmllm.align.step import AlignStep, Term
 from mmllm.blocks.ranks import Ranks
 from mmllm.connectors import build_connector
 from mmllm.contracts import Objective, Tower
+from mmllm.towers.word_embeddings import WordEmbeddingTower
 
 ITEMS, LABELS = 8, "aabcdeff"
-CASES = ("plain", "ragged", "tokens")
+CASES = ("plain", "ragged", "tokens", "qformer")
 
 
 class Pairwise(Objective):
@@ -41,7 +43,10 @@ def found(ranks: Ranks, case: str) -> dict[str, torch.Tensor]:
     """Loss (mean over processes) and gradients (averaged) of one step on the process's share of the items."""
     mine = list(range(ranks.rank, ITEMS, ranks.size))
     torch.manual_seed(0)
-    step, streams, owners = tokens(mine) if case == "tokens" else pooled(mine, case == "ragged")
+    if case in ("tokens", "qformer"):
+        step, streams, owners = (tokens if case == "tokens" else queries)(mine)
+    else:
+        step, streams, owners = pooled(mine, case == "ragged")
     labels = [LABELS[k] for k in mine]
     batch = {
         "streams": streams, "owners": owners, "ragged": bool(owners), "ids": [str(k) for k in mine], "labels": labels,
@@ -85,6 +90,33 @@ def tokens(mine: list[int]) -> tuple[AlignStep, dict, dict]:
     mask = torch.arange(longest) < lengths[mine][:, None]
     streams = {"image": {"tokens": images[mine]}, "text": {"tokens": texts[mine, :longest], "mask": mask}}
     return AlignStep(model, [objective], [Term("infonce", 1.0, ("s",))], want), streams, {}
+
+
+class Words(WordEmbeddingTower):
+    """Twelve words; the last ends a text."""
+
+    def preprocessor(self):
+        return type("Tokenizer", (), {"eos_token_id": 11})
+
+
+def queries(mine: list[int]) -> tuple[AlignStep, dict, dict]:
+    """Contrast and captions of a query transformer; wrong pairs for its matching are drawn, in each process others."""
+    words = Words(12, 4)
+    words.weight.data.normal_()
+    towers = {"image": Nothing(), "text": words}
+    options = {"in_dim": 6, "out_dim": 4, "num_queries": 3, "hidden_dim": 8, "num_heads": 2, "text_dim": "auto"}
+    connector = build_connector({"type": "qformer", "text_output": True, **options})
+    model = AlignModel(towers, {n: n for n in towers}, {}, {"image": connector}, [("image", "text")], 4)  # type: ignore[arg-type]
+    objective = QFormerStage("image", "text", match=0.0, width=5)
+    objective.setup(model)
+    want = {"s": {n: set(k.split(".")[1] for k in objective.needs if k.startswith(n)) for n in towers}}
+    images, ids, lengths = torch.randn(ITEMS, 3, 6), torch.randint(0, 11, (ITEMS, ITEMS)), torch.arange(1, ITEMS + 1)
+    ids[5, 0] = ids[0, 0]
+    lengths[5] = 1  # says the same as item 0, which another process may have
+    longest = int(lengths[mine].max())
+    mask = torch.arange(longest) < lengths[mine][:, None]
+    streams = {"image": {"tokens": images[mine]}, "text": {"input_ids": ids[mine, :longest], "attention_mask": mask}}
+    return AlignStep(model, [objective], [Term("qformer", 1.0, ("s",))], want), streams, {}
 
 
 if __name__ == "__main__":

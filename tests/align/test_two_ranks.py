@@ -32,7 +32,8 @@ def test_two_processes_take_the_step_of_one(tmp_path):
             p.kill()
     for number, case in enumerate(CASES):
         alone = found(Ranks(), case)
-        assert "model.logit_scale.image:text" in alone and any(".text." in name for name in alone)
+        if case != "qformer":  # it has a temperature of its own, and words that do not train
+            assert "model.logit_scale.image:text" in alone and any(".text." in name for name in alone)
         for file in files:
             shared = torch.load(file)[number]
             assert shared.keys() >= alone.keys()  # averaging makes zeros of missing gradients
