@@ -7,8 +7,9 @@ BIN := $(VENV)/bin
 # The first interpreter that really runs (a shim of a version manager may not), is new enough and can make a venv.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
-# Two threads that spin on a busy machine cost seconds; waiting threads sleep instead.
+# Threads that wait spin for a moment, then sleep (mmllm/openmp.py).
 export OMP_WAIT_POLICY ?= passive
+export GOMP_SPINCOUNT ?= 5000
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: help demo demo-fast test test-fast test-peers test-lmms setup lint clean

@@ -9,6 +9,7 @@ import click
 
 from mmllm import __version__
 from mmllm.errors import UserError, nearest
+from mmllm.openmp import short_waits
 
 # Help lines stand here so that `mmllm --help` imports no command.
 COMMANDS = {
@@ -63,6 +64,7 @@ def cli() -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line; a user's mistake ends in one line and exit code 2, an interrupt in 130."""
+    short_waits()
     try:
         code = cli.main(args=argv, prog_name="mmllm", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)

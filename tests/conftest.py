@@ -8,7 +8,9 @@ import tempfile
 
 import pytest
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+from mmllm.openmp import short_waits
+
+short_waits()
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

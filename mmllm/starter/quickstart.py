@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -126,7 +125,7 @@ def run_step(step: Step, state: State) -> None:
     print(f"\n\033[1m── {step.name}: {step.say}\033[0m" if sys.stdout.isatty() else f"\n-- {step.name}: {step.say}")
     print(f"   $ mmllm {' '.join(argv)}", flush=True)
     start = time.monotonic()
-    code = subprocess.call([sys.executable, "-m", "mmllm.cli", *argv], env={**os.environ, "OMP_WAIT_POLICY": "passive"})
+    code = subprocess.call([sys.executable, "-m", "mmllm.cli", *argv])
     state.seconds[step.name] = state.seconds.get(step.name, 0.0) + time.monotonic() - start
     if step.name != "serve":
         # Linux counts in KiB; RUSAGE_CHILDREN holds the largest child so far.

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
+from mmllm.openmp import short_waits
+
 
 def world_size() -> int:
     """Processes of this training (1 outside a launcher)."""
@@ -51,12 +53,12 @@ def set_threads(threads: int | None = None) -> int:
     """Sets torch's thread count explicitly and returns it.
 
     None takes ``OMP_NUM_THREADS`` where the user has set it, else the available cores shared between the processes on
-    this machine. Waiting threads must sleep: with OpenMP's default they spin for seconds on a busy machine.
+    this machine.
 
     A stage calls this first. On a machine without an accelerator it also joins the processes of a training, since
     accelerate's ``PartialState()`` finds the others there only when told that it is on a CPU.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    short_waits()
     if threads is None:
         set_by_user = os.environ.get("OMP_NUM_THREADS", "")
         threads = int(set_by_user) if set_by_user.isdigit() else max(1, available_cores() // local_processes())
@@ -97,6 +99,7 @@ def launch(argv: Sequence[str], nproc: int, module: str = "mmllm.cli") -> int:
     process 0 has not failed by itself, so a mistake that all processes notice is told once. When one fails, the
     others are stopped.
     """
+    short_waits()
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, available_cores() // nproc))
     port = str(_free_port())
     processes: list[subprocess.Popen] = []
@@ -111,7 +114,6 @@ def launch(argv: Sequence[str], nproc: int, module: str = "mmllm.cli") -> int:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": port,
                 "OMP_NUM_THREADS": threads,
-                "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
             }
             log = None if index == 0 else tempfile.TemporaryFile()
             logs.append(log)

@@ -93,6 +93,6 @@ def test_threads_are_set_explicitly(monkeypatch):
         monkeypatch.delenv("OMP_NUM_THREADS")
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(4 * available_cores()))
         assert set_threads() == 1
-        assert os.environ["OMP_WAIT_POLICY"]
+        assert os.environ["OMP_WAIT_POLICY"] and os.environ["GOMP_SPINCOUNT"]
     finally:
         torch.set_num_threads(before)
