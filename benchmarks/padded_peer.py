@@ -28,6 +28,7 @@ from mmllm.data.chat_batches import record_media
 from mmllm.data.conversations import IGNORE, Encoded, encode_conversation, join_messages
 from mmllm.data.models import resolve_dataset, resolve_model
 from mmllm.data.records import read_records
+from mmllm.train.chat_data import ChatData
 from mmllm.train.chat_media import ChatMedia
 from mmllm.train.run import RunFolder
 from mmllm.train.trainer import MMTrainer
@@ -109,6 +110,7 @@ class Ours:
         values = {"init": str(llava), "data": "records", "dtype": "bfloat16", "branches_per_row": None,
                   "max_length": 2048, "train": train}  # fmt: skip
         self.config, self.records, self.folder, self.runs = parse_config(values, TuneConfig), records, folder, 0
+        self.data = ChatData(records, [r["id"] for r in records], [0] * len(records), ["records"])
         self.model, self.processor = make_model(self.config, torch.bfloat16)
         fast_attention(self.model, self.config.model_copy(update={"max_length": 1024}))
         self.groups = adapt(self.model, self.config)
@@ -119,7 +121,7 @@ class Ours:
         forget_precision()
         self.runs += 1
         media = ChatMedia(self.model, self.processor, self.records, self.config)
-        batches, items = make_batches(self.config, self.records, self.processor, media)
+        batches, items = make_batches(self.config, self.data, self.processor, media)
         run = RunFolder.open(self.folder / f"run{self.runs}", "pretrain", self.config)
         trainer = MMTrainer(
             self.model, batches, self.groups, self.config.train, run, items=items, unpack_batch=True, save_steps=10**6

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmllm.blocks.plain_attention import plain_attention
 from mmllm.blocks.transformer import SHORT_ROW
 
 
@@ -24,6 +25,7 @@ class Documents:
     bounds: list[tuple[int, int]]
     branches: Tensor | None = None
     _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict, repr=False)
+    _biases: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, ids: Tensor, branches: Tensor | None = None) -> Documents:
@@ -52,6 +54,15 @@ class Documents:
             self._masks[key] = seen
         return self._masks[key]
 
+    def bias(self, index: int, window: int | None, like: Tensor) -> Tensor:
+        """``mask`` to be added to scores, [1, 1, l, l] with the type and place of ``like``; made once, too."""
+        seen = self.mask(index, window, like.device)
+        key = (id(seen), like.dtype)
+        if key not in self._biases:
+            low = torch.finfo(like.dtype).min
+            self._biases[key] = torch.zeros_like(seen, dtype=like.dtype).masked_fill_(~seen, low)[None, None]
+        return self._biases[key]
+
 
 def document_attention(
     q: Tensor,
@@ -76,12 +87,16 @@ def document_attention(
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
     out = []
+    plain = trains and q.device.type == "cpu" and softcap is None and not dropout and k.dtype == v.dtype == q.dtype
     for index, (begin, end) in enumerate(documents.bounds):
         q_, k_, v_ = (x[:, :, begin:end] for x in (q, k, v))
+        if plain and end - begin <= SHORT_ROW:
+            out.append(plain_attention(q_, k_, v_, documents.bias(index, window, q), factor))
+            continue
         if groups > 1:
             k_, v_ = k_.repeat_interleave(groups, 1), v_.repeat_interleave(groups, 1)
         bare = documents.branches is None and (window is None or window >= end - begin)
-        if softcap is not None or (trains and q.device.type == "cpu" and end - begin <= SHORT_ROW):
+        if softcap is not None or (dropout and trains and q.device.type == "cpu" and end - begin <= SHORT_ROW):
             weights = (q_ * factor) @ k_.transpose(-1, -2)
             if softcap is not None:
                 weights = torch.tanh(weights / softcap) * softcap

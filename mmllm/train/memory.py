@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmllm.model.plain_attention import NAME as PLAIN_ATTENTION
 from mmllm.train.launch import is_main
 from mmllm.train.params import ParamGroup
 
@@ -86,7 +87,7 @@ def llm_activations(llm: Any, tokens: int, row: int, checkpointing: bool) -> int
     keys = 2 * head * (getattr(config, "num_key_value_heads", None) or heads)
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     numbers = OWN_WIDTH * hidden + keys + INNER_WIDTH * inner
-    if getattr(config, "_attn_implementation", "") == "eager":
+    if getattr(config, "_attn_implementation", "") in ("eager", PLAIN_ATTENTION):
         numbers += 2 * heads * row
     if checkpointing:  # every layer's input, and all of the one layer that is made again
         return tokens * (layers * hidden + numbers) * size

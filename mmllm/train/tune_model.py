@@ -24,6 +24,7 @@ from mmllm.model.chat_template import FLATTEN, PLAIN
 from mmllm.model.llava import is_llava
 from mmllm.model.loading import add_injector, add_tiling
 from mmllm.model.packing import allow_packing
+from mmllm.model.plain_attention import NAME as PLAIN_ATTENTION
 from mmllm.towers import load_tower
 from mmllm.towers.training import merged
 from mmllm.train.chat_data import ChatData
@@ -181,7 +182,7 @@ SHORT_ROW = 1024  # tokens
 
 def fast_attention(model: MMLLMForConditionalGeneration, config: TuneConfig) -> None:
     """Packed rows attend document by document. On a CPU, other short rows train faster with plain attention than with
-    torch's fused one: its backward pays for its blocks (``benchmarks/tune_speed.py``). Nothing of this is saved.
+    torch's fused one (``mmllm.blocks.plain_attention``). Nothing of this is saved.
 
     Raises:
         UserError: rows of this LLM can't be packed.
@@ -189,7 +190,7 @@ def fast_attention(model: MMLLMForConditionalGeneration, config: TuneConfig) -> 
     if config.pack is not None:
         allow_packing(model.language_model)
     elif not torch.cuda.is_available() and config.max_length <= SHORT_ROW:
-        model.language_model.set_attn_implementation("eager")
+        model.language_model.set_attn_implementation(PLAIN_ATTENTION)
 
 
 def make_batches(
