@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mmllm.align.scorers  # noqa: F401  (registers the core scorers)
+from mmllm.align.matching import assigned_things
 from mmllm.blocks.tiled_contrast import contrast, tiled_sigmoid
 from mmllm.blocks.tiles import diagonal
 from mmllm.contracts import AlignBatch, Objective, Scorer
@@ -145,8 +146,9 @@ class RegionAlign(Objective):
     """Each token of a stream is classified among the LLM's word embeddings by scaled cosine similarity.
 
     A grid cell whose centre lies in a box aims at the box's word, as does the cell of each box's own centre; other
-    cells aim at a learned background vector. An item without boxes aims all its tokens at its label. Similarities are
-    taken around the mean word embedding, since the embeddings of an LLM share a large common part. Vocabulary:
+    cells aim at a learned background vector. Of tokens on no grid (queries, latents) one is assigned to each box, see
+    ``mmllm.align.matching``. An item without boxes aims all its tokens at its label. Similarities are taken around the
+    mean word embedding, since the embeddings of an LLM share a large common part. Vocabulary:
     ``batch.extras["vocabulary"] = {"index": {name: i}, "embedding": [V, D]}``.
 
     Args:
@@ -175,17 +177,21 @@ class RegionAlign(Objective):
         self.needs = frozenset({f"{stream}.token_embedding", "vocabulary"})
         self.background = nn.Parameter(torch.randn(dim) * 0.02)
 
-    def targets(self, batch: AlignBatch, count: int, index: dict[str, int]) -> Tensor:
+    def targets(self, batch: AlignBatch, words: Tensor, index: dict[str, int]) -> Tensor:
         """Word index of every token, [B, M]; V means background."""
-        tokens, grid = batch.streams[self.stream].token_embedding, batch.streams[self.stream].grid
+        stream = batch.streams[self.stream]
+        tokens, grid = stream.token_embedding, stream.grid
         assert tokens is not None
+        count, boxes = tokens.shape[1], batch.boxes
+        if grid is not None and boxes is not None:
+            return torch.stack([box_targets(things, grid[1:], index) for things in boxes])
+        held = boxes or [[] for _ in range(len(tokens))]
+        owner = assigned_things(tokens, stream.token_mask, words, index, held).cpu()
         rows = []
-        for i in range(len(tokens)):
-            boxes = batch.boxes[i] if batch.boxes is not None else None
-            if boxes and grid is None:
-                raise UserError("boxes, but tokens on no grid", self.stream, "use a connector that keeps the grid")
-            if boxes is not None and grid is not None:
-                rows.append(box_targets(boxes, grid[1:], index))
+        for i, things in enumerate(held):
+            if things:
+                names = [index[t["text"]] for t in things]
+                rows.append(torch.tensor([*names, len(index)])[owner[i]])  # -1 is the last one, background
             else:
                 rows.append(torch.full((count,), index[batch.labels[i]] if batch.labels else len(index)))
         return torch.stack(rows)
@@ -196,7 +202,7 @@ class RegionAlign(Objective):
         vocabulary = batch.extras["vocabulary"]
         words = vocabulary["embedding"].to(tokens)
         logits, length = self.logits(tokens, words)
-        target = self.targets(batch, tokens.shape[1], vocabulary["index"]).to(tokens.device)
+        target = self.targets(batch, words, vocabulary["index"]).to(tokens.device)
         weight = torch.ones(len(words) + 1, device=tokens.device)
         weight[-1] = self.background_weight
         each = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view(target.shape)

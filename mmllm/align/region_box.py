@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mmllm.align.matching import assigned_things
 from mmllm.align.objectives import box_targets, centre_cell
 from mmllm.blocks.box_code import box_axes, waves
 from mmllm.contracts import AlignBatch, Objective
@@ -18,7 +19,8 @@ class RegionBox(Objective):
     """Writes into each grid cell that lies on a thing the box of that thing, in the code of ``mmllm.blocks.box_code``.
 
     The same alignment as for names, for positions: the code is fixed, so the connector must write the box into the
-    token, where the LLM's attention carries it to the answer. Needs a connector with positions.
+    token, where the LLM's attention carries it to the answer. Needs a connector with positions. A token on no grid (a
+    query) carries the box that it is assigned to (``mmllm.align.matching``).
 
     Args:
         stream: whose ``token_embedding`` is aligned.
@@ -57,9 +59,9 @@ class RegionBox(Objective):
         return self.grid[(written.float() @ waves(self.grid).T).argmax(-1)]
 
     def forward(self, batch: AlignBatch) -> dict[str, Tensor]:
-        tokens, grid = batch.streams[self.stream].token_embedding, batch.streams[self.stream].grid
-        assert tokens is not None and grid is not None and batch.boxes is not None
-        owner, boxes = box_cells(batch, grid[1:], tokens.device, self.cells == "centre")
+        tokens = batch.streams[self.stream].token_embedding
+        assert tokens is not None
+        owner, boxes = token_boxes(batch, self.stream, self.cells == "centre")
         on_thing = owner >= 0
         if not on_thing.any():
             return {"loss": tokens.sum() * 0.0}
@@ -67,6 +69,25 @@ class RegionBox(Objective):
         found, truth = self.written(tokens[on_thing], words).float(), boxes[owner[on_thing]]
         loss = (found - waves(truth)).pow(2).sum(-1).mean()
         return {"loss": loss, "box_error": (self.decode(found.detach()) - truth).abs().mean()}
+
+
+def token_boxes(batch: AlignBatch, stream: str, centre: bool = False) -> tuple[Tensor, Tensor]:
+    """The box that each token of a stream stands for: index [B, M] into boxes [N, 4], -1 for none.
+
+    On a grid that of its cell (``box_cells``), else the one that it is assigned to (``mmllm.align.matching``).
+    """
+    held = batch.streams[stream]
+    assert held.token_embedding is not None and batch.boxes is not None
+    device = held.token_embedding.device
+    if held.grid is not None:
+        return box_cells(batch, held.grid[1:], device, centre)
+    vocabulary = batch.extras["vocabulary"]
+    words = vocabulary["embedding"].to(held.token_embedding)
+    own = assigned_things(held.token_embedding, held.token_mask, words, vocabulary["index"], batch.boxes)
+    counts = torch.tensor([len(things) for things in batch.boxes], device=device)
+    first = (counts.cumsum(0) - counts)[:, None]
+    boxes = [t["xyxy"] for things in batch.boxes for t in things]
+    return torch.where(own >= 0, own + first, -1), torch.tensor(boxes or [[0.0] * 4], device=device)
 
 
 def box_cells(

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmllm.align.model import pooled_texts
-from mmllm.align.region_box import box_cells
+from mmllm.align.region_box import token_boxes
 from mmllm.contracts import AlignBatch, Objective
 from mmllm.registry import register
 
@@ -50,9 +50,9 @@ class RegionSide(Objective):
         return (tokens - centre) / length @ self.axes.to(tokens).T
 
     def forward(self, batch: AlignBatch) -> dict[str, Tensor]:
-        tokens, grid = batch.streams[self.stream].token_embedding, batch.streams[self.stream].grid
-        assert tokens is not None and grid is not None and batch.boxes is not None
-        owner, boxes = box_cells(batch, grid[1:], tokens.device)
+        tokens = batch.streams[self.stream].token_embedding
+        assert tokens is not None
+        owner, boxes = token_boxes(batch, self.stream)
         on_thing = owner >= 0
         if not on_thing.any():
             return {"loss": tokens.sum() * 0.0}

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from mmllm.contracts import Connector, Features
 from mmllm.errors import UserError
@@ -61,6 +62,44 @@ class FolderConnector(Connector):
     def count(grid_or_length: Any) -> int:
         """Tokens of a grid (t, h, w) or of a plain length."""
         return math.prod(grid_or_length) if isinstance(grid_or_length, (tuple, list)) else int(grid_or_length)
+
+
+class GridPositions(nn.Module):
+    """A learned vector of a token's row plus one of its column, zero at the start; another grid gets them interpolated.
+
+    Raises:
+        UserError: no rows and columns.
+    """
+
+    def __init__(self, width: int, grid: tuple[int, int] | list[int] | None, kind: str):
+        super().__init__()
+        if grid is None or len(grid) != 2:
+            do = "give grid: [6, 6], or take a tower whose tokens lie on a grid"
+            raise UserError("positions need the grid's rows and columns", f"connector '{kind}'", do)
+        self.rows = nn.Parameter(torch.zeros(grid[0], width))
+        self.columns = nn.Parameter(torch.zeros(grid[1], width))
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int, int] | None, num_prefix: int = 0) -> Tensor:
+        """tokens [B, N, width], class tokens first, then those on the grid -> the same with their places.
+
+        Raises:
+            UserError: they lie on no grid.
+        """
+        if grid is None:
+            raise UserError("positions, but tokens on no grid", do="leave positions out")
+        t, h, w = grid
+        places = place_vectors(self.rows, self.columns, h, w).repeat(t, 1)
+        return tokens + F.pad(places, (0, 0, num_prefix, 0)).to(tokens.dtype)
+
+
+def place_vectors(rows: Tensor, columns: Tensor, h: int, w: int) -> Tensor:
+    """[R, D] and [C, D], each interpolated to h and w -> [h * w, D], row by row."""
+    rows, columns = (
+        p if len(p) == n
+        else F.interpolate(p.T[None], size=n, mode="linear", align_corners=False)[0].T
+        for p, n in ((rows, h), (columns, w))
+    )  # fmt: skip
+    return (rows[:, None] + columns[None]).flatten(0, 1)
 
 
 def keep_mask(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

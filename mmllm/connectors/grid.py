@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmllm.connectors.base import FolderConnector, keep_mask
+from mmllm.connectors.base import FolderConnector, keep_mask, place_vectors
 from mmllm.contracts import Features
 from mmllm.errors import UserError
 from mmllm.registry import register
@@ -81,11 +81,7 @@ class GridMLPConnector(FolderConnector):
     def position_vectors(self, h: int, w: int) -> Tensor:
         """[h * w, hidden_dim], row by row."""
         assert self.rows is not None and self.columns is not None
-        rows, columns = (
-            p if len(p) == n else F.interpolate(p.T[None], size=n, mode="linear", align_corners=False)[0].T
-            for p, n in ((self.rows, h), (self.columns, w))
-        )
-        return (rows[:, None] + columns[None]).flatten(0, 1)
+        return place_vectors(self.rows, self.columns, h, w)
 
     def num_tokens(self, grid_or_length: Any) -> int:
         return self.count(grid_or_length)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mmllm.blocks.cross_attention import CrossAttention, feed_forward
-from mmllm.connectors.base import FolderConnector
+from mmllm.connectors.base import FolderConnector, GridPositions
 from mmllm.contracts import Features
 from mmllm.errors import UserError
 from mmllm.registry import register
@@ -39,6 +39,8 @@ class PerceiverConnector(FolderConnector):
     Args:
         frames: most frames of an input; each frame's number then has a learned vector that is added to its tokens
             (starting at zero). 0: frames are not told apart.
+        positions: adds vectors of row and column to the tower's tokens, for towers that don't know places by themselves
+            (convolutions); grid: how many there are.
     """
 
     def __init__(
@@ -51,6 +53,8 @@ class PerceiverConnector(FolderConnector):
         num_heads: int = 4,
         frames: int = 0,
         dropout: float = 0.0,
+        positions: bool = False,
+        grid: tuple[int, int] | list[int] | None = None,
     ):
         if hidden_dim % num_heads:
             raise UserError(
@@ -68,10 +72,12 @@ class PerceiverConnector(FolderConnector):
             num_heads=num_heads,
             frames=frames,
             dropout=dropout,
+            **({"positions": True, "grid": list(grid)} if positions and grid is not None else {}),
         )
         self.num_latents = num_latents
         self.latents = nn.Parameter(torch.randn(num_latents, hidden_dim) * 0.02)
         self.frames = nn.Parameter(torch.zeros(frames, hidden_dim)) if frames else None
+        self.positions = GridPositions(hidden_dim, grid, "perceiver") if positions else None
         self.norm_in, self.proj_in = nn.LayerNorm(in_dim), nn.Linear(in_dim, hidden_dim)
         self.layers = nn.ModuleList(_Layer(hidden_dim, num_heads, dropout) for _ in range(num_layers))
         self.norm_out, self.out = nn.LayerNorm(hidden_dim), nn.Linear(hidden_dim, out_dim)
@@ -91,6 +97,8 @@ class PerceiverConnector(FolderConnector):
             if grid[0] > len(self.frames):
                 raise UserError(f"{grid[0]} frames, the connector knows {len(self.frames)}", do="raise its frames")
             media = media + self.frames[: grid[0]].repeat_interleave(grid[1] * grid[2], 0)
+        if self.positions is not None:
+            media = self.positions(media, features.grid, 0 if grid else features.num_prefix)
         x = self.latents.expand(len(media), -1, -1)
         allowed = torch.cat([mask, mask.new_ones(x.shape[:2])], 1)
         for layer in self.layers:

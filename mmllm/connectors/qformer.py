@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mmllm.blocks.cross_attention import CrossAttention, feed_forward
-from mmllm.connectors.base import FolderConnector
+from mmllm.connectors.base import FolderConnector, GridPositions
 from mmllm.contracts import Features
 from mmllm.errors import UserError
 from mmllm.registry import register
@@ -79,6 +79,8 @@ class QFormerConnector(FolderConnector):
             ``text_dim: auto`` stands for there); None: they see none.
         text_output: whether the text goes through the last block, too, for ``joint``; asked for by the first stage
             (the objective ``qformer``).
+        positions: adds vectors of row and column to the tower's tokens, for towers that don't know places by themselves
+            (convolutions); grid: how many there are.
     """
 
     def __init__(
@@ -93,6 +95,8 @@ class QFormerConnector(FolderConnector):
         dropout: float = 0.0,
         text_dim: int | str | None = None,
         text_output: bool = False,
+        positions: bool = False,
+        grid: tuple[int, int] | list[int] | None = None,
     ):
         if hidden_dim % num_heads:
             raise UserError(
@@ -117,6 +121,7 @@ class QFormerConnector(FolderConnector):
             dropout=dropout,
             **({} if text_dim is None else {"text_dim": text_dim}),
             **({"text_output": True} if text_output else {}),
+            **({"positions": True, "grid": list(grid)} if positions and grid is not None else {}),
         )
         self.num_queries = num_queries
         self.queries = nn.Parameter(torch.randn(num_queries, hidden_dim) * 0.02)
@@ -132,6 +137,7 @@ class QFormerConnector(FolderConnector):
             )
             for i in range(num_layers)
         )
+        self.positions = GridPositions(in_dim, grid, "qformer") if positions else None
         self.norm_out = nn.LayerNorm(hidden_dim)
         self.out = nn.Linear(hidden_dim, out_dim)
         self.text_in = nn.Linear(text_dim, hidden_dim) if text_dim is not None else None
@@ -214,6 +220,7 @@ class QFormerConnector(FolderConnector):
         # Class tokens stay: queries can use them, and they cost no output token.
         tokens, mask = self.content(Features(features.tokens, features.mask, features.pooled))
         x, memory = self.queries.expand(len(tokens), -1, -1), self.norm_in(tokens)
+        memory = memory if self.positions is None else self.positions(memory, features.grid, features.num_prefix)
         for block in self.blocks:
             x, words = block(x, memory, mask, words, seen)
         return x, words, mask
