@@ -33,7 +33,7 @@ def assigned_things(
     for row, things in enumerate(boxes):
         if things:
             names = torch.tensor([index[t["text"]] for t in things], device=near.device)
-            held, which = linear_sum_assignment(near[row][:, names].cpu().numpy(), maximize=True)
+            held, which = linear_sum_assignment(near[row][:, names].float().cpu().numpy(), maximize=True)
             owner[row, torch.from_numpy(held)] = torch.from_numpy(which)
     if mask is not None:
         owner = owner.masked_fill(~mask.cpu(), -1)

@@ -33,6 +33,8 @@ def test_the_assignment_is_the_best_of_all():
     boxes = [things("cat", "owl", "cat"), [], things("fox")]
     mask = torch.ones(3, 5, dtype=torch.bool)
     mask[0, 1] = False
+    with torch.autocast("cpu", torch.bfloat16):  # as in training, where products come in half precision
+        assert (assigned_things(tokens, mask, words, NAMES, boxes) >= 0).sum() == 4
     owner = assigned_things(tokens, mask, words, NAMES, boxes)
     centre = words.mean(0)
     near = torch.nn.functional.cosine_similarity((tokens - centre)[:, :, None], (words - centre)[None, None], dim=-1)
