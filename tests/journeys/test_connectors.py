@@ -1,4 +1,4 @@
-"""`mmllm align`, `pretrain`, `tune` and `eval` with each connector: seeing beats guessing by the margins of a config."""
+"""`mmllm align`, `pretrain`, `tune`, `eval` with each connector: seeing beats guessing by the margins of a config."""
 
 from __future__ import annotations
 
