@@ -301,7 +301,10 @@ def probe(stage: AlignStage, measure: MeasureConfig, records: list[dict[str, Any
 
 @register("measure", "regions")
 def regions(stage: AlignStage, measure: MeasureConfig, records: list[dict[str, Any]]) -> list[Figure]:
-    """Share of objects whose own word is the nearest one at the cell of their centre (at any token, without boxes)."""
+    """Share of objects whose own word is the nearest one at the cell of their centre (at any token, without boxes).
+
+    Of tokens on no grid one must have the object's word as its nearest; the shuffled control says what many tokens hit.
+    """
     stream = measure.streams[0]
     held = stage.vocabularies.get(stream)
     if held is None:
@@ -317,6 +320,8 @@ def regions(stage: AlignStage, measure: MeasureConfig, records: list[dict[str, A
         if boxes is None:
             name = str(record.get("label"))
             cells = [(slice(None), name)]
+        elif grid is None:
+            cells = [(None, b["text"]) for b in boxes]
         else:
             places = [(centre_cell(b["xyxy"], grid[1:]), b["text"]) for b in boxes]
             cells = [(slice(r * grid[2] + c, r * grid[2] + c + 1), t) for (r, c), t in places]
@@ -324,7 +329,8 @@ def regions(stage: AlignStage, measure: MeasureConfig, records: list[dict[str, A
             if name not in index:
                 continue
             for source, target in ((best, hits), (swapped, control)):
-                target.append(float(source[i, cell].mean(0).argmax() == index[name]))
+                said = source[i].argmax(-1) if cell is None else source[i, cell].mean(0).argmax()
+                target.append(float((said == index[name]).any()))
             clusters.append(str(record["id"]))
     if not hits:
         return [Figure(measure.name, None, note="no object of the vocabulary in these records")]
