@@ -139,7 +139,7 @@ def plain_embeddings(
         name=measure.name,
         frames=measure.frames,
     )
-    rows, mask = [], []
+    rows, mask, grid = [], [], None
     for i in range(0, len(records), 256):
         inputs: dict[str, Any] = {k: v[0, i : i + 256] for k, v in found.items()}
         if field == "tokens" and tower.modality == "vision":
@@ -153,7 +153,8 @@ def plain_embeddings(
         rows.append(value.cpu())
         if out.token_mask is not None:
             mask.append(out.token_mask.cpu())
-    return torch.cat(rows), torch.cat(mask) if mask else None, inputs.get("grid")
+        grid = out.grid
+    return torch.cat(rows), torch.cat(mask) if mask else None, grid
 
 
 def augment_of(stage: AlignStage, stream: str) -> str:

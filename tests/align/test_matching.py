@@ -11,7 +11,10 @@ from mmllm.align.objectives import RegionAlign
 from mmllm.align.region_box import RegionBox, token_boxes
 from mmllm.align.region_side import RegionSide
 from mmllm.blocks.box_code import waves
+from mmllm.config import parse_config
 from mmllm.contracts import AlignBatch, Stream
+from mmllm.report.figures import read_figures
+from mmllm.train.align import AlignConfig, align
 
 NAMES = {"cat": 0, "dog": 1, "fox": 2, "owl": 3}
 
@@ -90,3 +93,17 @@ def test_boxes_and_sides_go_to_the_token_of_the_thing():
     side = RegionSide("image", 64, "words")
     side.axes.copy_(torch.nn.functional.normalize(torch.randn(2, 64), dim=-1))
     assert side(batch)["loss"] > 0 and not side(batch_of(tokens, [[], []], words))["loss"]
+
+
+def test_latents_learn_what_is_in_a_picture(settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("MMLLM_CACHE", str(tmp_path / "cache"))
+    settings["streams"]["image"]["connector"] = {
+        "type": "perceiver", "num_latents": 4, "num_layers": 1, "hidden_dim": 32, "positions": True,
+    }  # fmt: skip
+    words = settings["phases"]["words"]
+    del words["sources"]["sounds"]
+    words |= {"objectives": words["objectives"][:1], "trains": ["image.connector"], "train": {"max_steps": 200}}
+    settings["measures"] = {"regions": settings["measures"]["regions"]}
+    out = align(parse_config(settings, AlignConfig), tmp_path / "run")
+    found = {f.name: f for f in read_figures(out / "final" / "results.json")}["regions"]
+    assert found.value > found.control_high and found.value > 0.5, found
