@@ -128,7 +128,7 @@ class QFormerStage(Objective):
         if ranks is None:
             alike = _alike(len(rows), said, of)
         else:
-            said = gather_rows(said, ranks)
+            said = cast(Tensor, gather_rows(said, ranks))
             alike = _alike(len(rows) * ranks.size, said, ranks.gather(of + ranks.rank * len(rows)))
         how: dict[str, Any] = {
             "scale": self.logit_scale.exp().clamp(max=100), "label_smoothing": self.label_smoothing, "ranks": ranks,

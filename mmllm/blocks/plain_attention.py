@@ -37,7 +37,8 @@ class _Attention(torch.autograd.Function):
         q, k, v, share = ctx.saved_tensors
         grad = grads[0].reshape(*q.shape[:3], -1)
         grad_v = share.transpose(-1, -2) @ grad
-        grad_scores = torch._softmax_backward_data(grad @ v.transpose(-1, -2), share, -1, share.dtype)
+        grad_share = grad @ v.transpose(-1, -2)
+        grad_scores = torch.ops.aten._softmax_backward_data(grad_share, share, -1, share.dtype)
         grad_q = (grad_scores @ k).mul_(ctx.scale).view(ctx.shape)
         return grad_q, grad_scores.transpose(-1, -2) @ q, grad_v, None, None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from mmllm.blocks.plain_attention import plain_attention
 from mmllm.model.plain_attention import NAME
 
-SIZE = {
+SIZE: dict[str, Any] = {
     "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8,
 }  # fmt: skip
