@@ -50,7 +50,7 @@ class Size:
 
     layers: int = 12
     width: int = 768
-    items: int = 32
+    items: int = 16
     batch: int = 8
     planned: int = 2500
 
