@@ -53,9 +53,10 @@ class Size:
     items: int = 16
     batch: int = 8
     planned: int = 2500
+    data: str = "starter:full"
 
 
-SMOKE = Size(layers=2, width=64, items=8, batch=4, planned=200)
+SMOKE = Size(layers=2, width=64, items=8, batch=4, planned=200, data="starter:fast")
 
 
 def forget_precision() -> None:
@@ -88,9 +89,9 @@ def make_llava(folder: Path, size: Size) -> None:
                    num_additional_image_tokens=1, chat_template=TEMPLATE).save_pretrained(folder)  # fmt: skip
 
 
-def starter_records(count: int | None) -> list[dict[str, Any]]:
+def starter_records(data: str, count: int | None) -> list[dict[str, Any]]:
     """So many of the starter's conversations about pictures, evenly from its training set; None: all."""
-    found = [r for r in read_records(resolve_dataset("starter:full") / "tune/train.jsonl")
+    found = [r for r in read_records(resolve_dataset(data) / "tune/train.jsonl")
              if all(kind == "image" for kind, _ in record_media(r))]  # fmt: skip
     return found if count is None else found[:: len(found) // count][:count]
 

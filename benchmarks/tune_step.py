@@ -75,7 +75,7 @@ def supervised(rows: Sequence[Encoded]) -> int:
 def trainer_figures(only: Sequence[str], size: Size, pairs: int, folder: Path) -> tuple[list[Figure], float | None]:
     """The rows against the Trainer, and our seconds of training a token of the LLM with cached features."""
     make_llava(folder / "llava", size)
-    records = starter_records(size.items)
+    records = starter_records(size.data, size.items)
     ours = Ours(folder / "llava", records, size, folder)
     theirs = Theirs(folder / "llava", records, size, folder, ours.processor)
     check_same(ours, theirs)
@@ -121,9 +121,10 @@ def tokenizer_only() -> Any:
     return MMLLMProcessor(tokenizer=tokenizer, image_seq_length=64)
 
 
-def mixed_records(count: int) -> list[dict[str, Any]]:
+def mixed_records(size: Size) -> list[dict[str, Any]]:
     """Conversations of the starter with as many pictures as ``MIX`` says."""
-    source = [as_turns(r) for r in starter_records(None) if len(record_media(r)) == 1][:count]
+    source = [as_turns(r) for r in starter_records(size.data, None) if len(record_media(r)) == 1]
+    source = source[: size.planned]
     draws = np.random.default_rng(0).choice(list(MIX), len(source), p=list(MIX.values()))
     out = []
     for record, pictures in zip(source, draws):
@@ -138,7 +139,7 @@ def packing_figures(only: Sequence[str], size: Size, per_token: float | None) ->
     processor = tokenizer_only()
     found = []
     for name, records in (
-        ("packing_fill", starter_records(None)[: size.planned]), ("packing_fill_mixed", mixed_records(size.planned)),
+        ("packing_fill", starter_records(size.data, None)[: size.planned]), ("packing_fill_mixed", mixed_records(size)),
     ):  # fmt: skip
         if not {name, "packing_plan_share"} & set(only):
             continue
