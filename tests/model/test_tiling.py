@@ -230,3 +230,13 @@ def test_an_injector_takes_all_tiles_of_a_picture_at_one_placeholder():
     assert int((batch["input_ids"] == processor.image_token_id).sum()) == 1 and len(batch["pixel_values"]) == 7
     with torch.no_grad():
         assert torch.isfinite(model(**batch).logits).all()
+
+
+def test_the_adapter_for_generate_says_that_it_knows_no_tiles(parts):
+    from mmllm.decode.hf import generate_views
+
+    model, processor = parts
+    given = prepare(processor, [chat(picture((64, 40)), "what is there")])
+    how = {"max_new_tokens": 2, "do_sample": False, "custom_generate": generate_views, "decode": "greedy"}
+    with pytest.raises(UserError, match="cut into tiles; use mmllm.decode.Decoder"):
+        model.eval().generate(**given, **how)
