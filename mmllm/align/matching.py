@@ -1,4 +1,4 @@
-"""Which thing each token stands for: by its cell on a grid, or, for tokens that lie on none, by the best assignment."""
+"""Which thing each token on no grid (a query, a latent) stands for: the best assignment of things to tokens."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def assigned_things(
     """
     centre = words.mean(0)
     table = F.normalize(words - centre, dim=-1)
-    near = F.normalize(tokens.float() - centre.float(), dim=-1) @ table.float().T
+    near = F.normalize(tokens - centre, dim=-1) @ table.T
     if mask is not None:
         near = near.masked_fill(~mask[..., None], -2.0)
     owner = torch.full(tokens.shape[:2], -1)

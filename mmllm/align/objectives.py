@@ -186,10 +186,10 @@ class RegionAlign(Objective):
         if grid is not None and boxes is not None:
             return torch.stack([box_targets(things, grid[1:], index) for things in boxes])
         held = boxes or [[] for _ in range(len(tokens))]
-        owner = assigned_things(tokens, stream.token_mask, words, index, held).cpu()
+        owner = assigned_things(tokens, stream.token_mask, words, index, held).cpu() if any(held) else None
         rows = []
         for i, things in enumerate(held):
-            if things:
+            if things and owner is not None:
                 names = [index[t["text"]] for t in things]
                 rows.append(torch.tensor([*names, len(index)])[owner[i]])  # -1 is the last one, background
             else:

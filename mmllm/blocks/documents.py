@@ -25,7 +25,7 @@ class Documents:
     bounds: list[tuple[int, int]]
     branches: Tensor | None = None
     _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict, repr=False)
-    _biases: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict, repr=False)
+    _biases: dict[tuple[int, int | None, torch.dtype], Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, ids: Tensor, branches: Tensor | None = None) -> Documents:
@@ -57,7 +57,7 @@ class Documents:
     def bias(self, index: int, window: int | None, like: Tensor) -> Tensor:
         """``mask`` to be added to scores, [1, 1, l, l] with the type and place of ``like``; made once, too."""
         seen = self.mask(index, window, like.device)
-        key = (id(seen), like.dtype)
+        key = (index, window, like.dtype)
         if key not in self._biases:
             low = torch.finfo(like.dtype).min
             self._biases[key] = torch.zeros_like(seen, dtype=like.dtype).masked_fill_(~seen, low)[None, None]
