@@ -11,6 +11,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 5000
 export TOKENIZERS_PARALLELISM ?= false
+# Two processes of one thread each are faster on two cores than one process of two. A file's tests stay together.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo demo-fast test test-fast test-peers test-lmms setup lint clean
 help:
@@ -28,10 +30,10 @@ demo-fast: setup $(VENV)/.vllm
 	$(BIN)/mmllm quickstart --fast
 
 test: setup $(VENV)/.vllm lint
-	MMLLM_REQUIRE_ALL=1 $(BIN)/python -m pytest
+	MMLLM_REQUIRE_ALL=1 $(PYTEST)
 
 test-fast: setup
-	$(BIN)/python -m pytest -m "not slow and not peers"
+	$(PYTEST) -m "not slow and not peers"
 
 test-peers:
 	PYTHON=$(PYTHON) sh scripts/open_clip_env.sh $(PEERS)

@@ -38,6 +38,10 @@ def may_mount() -> bool:
         return done.returncode == 0 and subprocess.run(["umount", folder]).returncode == 0
 
 
+# What takes longest starts first, so that no process is left with it at the end (`pytest -n 2`).
+LONGEST = ("tests/journeys/test_connectors.py", "tests/journeys/test_quickstart.py", "tests/journeys/", "tests/serve/")
+
+
 def pytest_collection_modifyitems(config, items):
     """Nothing is missing where a user may not mount, so those tests are no failures; they are named at the end."""
     mounts = [item for item in items if item.get_closest_marker("mounts")]
@@ -45,6 +49,19 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=mounts)
         items[:] = [item for item in items if item not in mounts]
         config.left_out = [item.nodeid for item in mounts]
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda i: next((k for k, start in enumerate(LONGEST) if i.nodeid.startswith(start)), len(LONGEST)))
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = getattr(session.config, "left_out", [])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """What a process of pytest-xdist left out, the one that reports must know."""
+    node.config.left_out = getattr(node, "workeroutput", {}).get("left_out", [])
 
 
 def pytest_terminal_summary(terminalreporter):
