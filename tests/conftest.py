@@ -42,6 +42,10 @@ def may_mount() -> bool:
 LONGEST = ("tests/journeys/test_connectors.py", "tests/journeys/test_quickstart.py", "tests/journeys/", "tests/serve/")
 
 
+def _length(item) -> int:
+    return next((k for k, start in enumerate(LONGEST) if item.nodeid.startswith(start)), len(LONGEST))
+
+
 def pytest_collection_modifyitems(config, items):
     """Nothing is missing where a user may not mount, so those tests are no failures; they are named at the end."""
     mounts = [item for item in items if item.get_closest_marker("mounts")]
@@ -50,7 +54,7 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in mounts]
         config.left_out = [item.nodeid for item in mounts]
     if hasattr(config, "workerinput"):
-        items.sort(key=lambda i: next((k for k, start in enumerate(LONGEST) if i.nodeid.startswith(start)), len(LONGEST)))
+        items.sort(key=_length)
 
 
 def pytest_sessionfinish(session):
