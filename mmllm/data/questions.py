@@ -78,15 +78,17 @@ def exists(label: str, present: bool) -> QA:
     return QA(f"{verb} there {with_article(label)}?", "yes" if present else "no", "exists")
 
 
-def caption(boxes: Sequence[Mapping[str, Any]]) -> QA:
+def caption(boxes: Sequence[Mapping[str, Any]], picture: int | None = None) -> QA:
     """ "What is in the picture?" -> "a cat, a dog." with the things from left to right.
 
     Args:
         boxes: the scene's objects, ``{"xyxy": [x0, y0, x1, y1] in 0..1, "text": label}``.
+        picture: of several, counted from 1: "What is in picture 2?".
     """
     ordered = sorted(boxes, key=lambda b: (b["xyxy"][0] + b["xyxy"][2], b["xyxy"][1]))
     things = ", ".join(with_article(b["text"]) for b in ordered)
-    return QA("What is in the picture?", f"{things}." if things else "nothing.", "caption")
+    which = "the picture" if picture is None else f"picture {picture}"
+    return QA(f"What is in {which}?", f"{things}." if things else "nothing.", "caption")
 
 
 def count(boxes: Sequence[Mapping[str, Any]]) -> QA:
@@ -166,7 +168,7 @@ def scene_questions(
     vocabulary: Sequence[str],
     rng: np.random.Generator,
     blocks: Mapping[str, Sequence[str]] | None = None,
-    kinds: Sequence[str] = ("caption", *["exists"] * 6, "count", "side", "box"),
+    kinds: Sequence[str] = ("caption", *["exists"] * 5, "count", "side", "box", "box"),
 ) -> list[QA]:
     """Questions on one scene in random order; yes and no alternate, so every scene is balanced.
 

@@ -116,8 +116,21 @@ def scene_conversations(
     return out
 
 
-def interleaved_record(name: str, three: Scenes, rng: np.random.Generator, vocabulary: Sequence[str]) -> dict[str, Any]:
-    """Three pictures and four questions: two yes, two no; one "no" names a thing that stands in another picture."""
+def interleaved_record(name: str, three: Scenes, asked: Sequence[tuple[q.QA, int, str]]) -> dict[str, Any]:
+    """Several pictures, and questions about one of them each: (question, number of its picture, label or "")."""
+    return {
+        "id": name,
+        "messages": q.picture_prefix([f"../{path}" for path, _, _ in three]),
+        "branches": [q.branch(x) for x, _, _ in asked],
+        "meta": {
+            "questions": [{"picture": k, "label": label, "answer": x.answer} for x, k, label in asked],
+            "boxes": [boxes for _, boxes, _ in three],
+        },
+    }
+
+
+def interleaved_test(three: Scenes, rng: np.random.Generator, vocabulary: Sequence[str]) -> list[tuple[q.QA, int, str]]:
+    """Four questions: two yes, two no; one "no" names a thing that stands in another picture."""
     asked: list[tuple[q.QA, int, str]] = []
     for _ in range(40):  # more than four tries only where a question would come twice
         turn = len(asked)
@@ -136,31 +149,47 @@ def interleaved_record(name: str, three: Scenes, rng: np.random.Generator, vocab
         asks = (q.interleaved(label, k + 1, turn < 2), k + 1, label)
         if asks not in asked:
             asked.append(asks)
-    chosen = [asked[i] for i in rng.permutation(len(asked))]
-    return {
-        "id": name,
-        "messages": q.picture_prefix([f"../{path}" for path, _, _ in three]),
-        "branches": [q.branch(x) for x, _, _ in chosen],
-        "meta": {
-            "questions": [{"picture": k, "label": label, "answer": x.answer} for x, k, label in chosen],
-            "boxes": [boxes for _, boxes, _ in three],
-        },
-    }
+    return [asked[i] for i in rng.permutation(len(asked))]
+
+
+def interleaved_lesson(
+    three: Scenes, rng: np.random.Generator, vocabulary: Sequence[str]
+) -> list[tuple[q.QA, int, str]]:
+    """What is in each picture, and pairs of questions that differ in the picture's number alone: one yes, one no.
+
+    Who looks for a thing in any of the pictures answers half of a pair wrong, so that the number must be learned; one
+    question in five or so names a thing that is in none of them.
+    """
+    asked = [(q.caption(boxes, k), k, "") for k, (_, boxes, _) in enumerate(three, 1)]
+    for _ in range(4):
+        k = int(rng.integers(len(three)))
+        here = _labels(three[k][1])
+        label = here[int(rng.integers(len(here)))]
+        without = [j for j, (_, boxes, _) in enumerate(three) if label not in _labels(boxes)]
+        if without:
+            j = without[int(rng.integers(len(without)))]
+            asked += [(q.interleaved(label, at + 1, at == k), at + 1, label) for at in (k, j)]
+    k = int(rng.integers(len(three)))
+    label = q.absent_label([x for _, boxes, _ in three for x in _labels(boxes)], vocabulary, rng)
+    asked.append((q.interleaved(label, k + 1, False), k + 1, label))
+    unique = list(dict.fromkeys(asked))
+    return [unique[i] for i in rng.permutation(len(unique))]
 
 
 def interleaved_conversations(
-    scenes: Scenes, n: int, vocabulary: Sequence[str], seed: int, prefix: str, disjoint: bool
+    scenes: Scenes, n: int, vocabulary: Sequence[str], seed: int, prefix: str, test: bool
 ) -> list[dict[str, Any]]:
-    """``n`` documents of three pictures; ``disjoint``: no picture twice, as far as the scenes suffice."""
+    """``n`` documents of three pictures; in a ``test`` no picture stands twice, as far as the scenes suffice."""
     rng = np.random.default_rng((seed, 12))
     order = rng.permutation(len(scenes))
+    ask = interleaved_test if test else interleaved_lesson
     out = []
     for i in range(n):
-        at = [3 * i, 3 * i + 1, 3 * i + 2] if disjoint else rng.choice(len(scenes), 3, replace=False)
-        if disjoint and at[-1] >= len(scenes):
+        at = [3 * i, 3 * i + 1, 3 * i + 2] if test else rng.choice(len(scenes), 3, replace=False)
+        if test and at[-1] >= len(scenes):
             break
-        three = [scenes[int(order[j])] if disjoint else scenes[int(j)] for j in at]
-        out.append(interleaved_record(f"{prefix}/{i:05d}", three, rng, vocabulary))
+        three = [scenes[int(order[j])] if test else scenes[int(j)] for j in at]
+        out.append(interleaved_record(f"{prefix}/{i:05d}", three, ask(three, rng, vocabulary)))
     return out
 
 

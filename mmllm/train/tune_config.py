@@ -18,6 +18,8 @@ class LoraSection(StrictModel):
     Attributes:
         targets: names of its linear layers, or ``all-linear``: all of them but the head.
         dora: also learn the length of each row of the weights (arXiv 2402.09353).
+        loraplus_lr_ratio: learning rate of the matrices B, which start at zero, over that of A (LoRA+, arXiv
+            2402.12354); 1 is plain LoRA, a small LLM on a short run gains much from 4.
     """
 
     r: int = Field(default=8, ge=1)
@@ -25,6 +27,7 @@ class LoraSection(StrictModel):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: list[str] | Literal["all-linear"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
     dora: bool = False
+    loraplus_lr_ratio: float = Field(default=1.0, gt=0)
 
 
 class LlmChoice(StrictModel):

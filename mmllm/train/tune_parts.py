@@ -89,13 +89,13 @@ def llm_groups(model: MMLLMForConditionalGeneration, config: TuneConfig) -> list
     if choice == "full":
         return [ParamGroup("llm", list(model.language_model.parameters()), rate)]
     if choice == "lora":
-        return [ParamGroup("llm.lora", add_lora(model, config.lora), rate)]
+        return lora_groups(model, config.lora, config.train.learning_rate if rate is None else rate)
     if choice == "none":
         return []
     if choice.lora is not None:
         if config.lora != LoraSection():
             raise UserError("LoRA's settings stand twice", "lora and train.llm.lora", "leave one of them out")
-        return [ParamGroup("llm.lora", add_lora(model, choice.lora), rate)]
+        return lora_groups(model, choice.lora, config.train.learning_rate if rate is None else rate)
     assert choice.last_n is not None
     return [ParamGroup("llm", last_layers(model.language_model, choice.last_n), rate)]
 
@@ -116,6 +116,17 @@ def last_layers(llm: Any, count: int) -> list[nn.Parameter]:
     order = list(llm.parameters())
     end = max(i for i, p in enumerate(order) if id(p) in inside)
     return [p for i, p in enumerate(order) if id(p) in last or (i > end and id(p) not in words)]
+
+
+def lora_groups(model: MMLLMForConditionalGeneration, lora: LoraSection, rate: float) -> list[ParamGroup]:
+    """LoRA's parameters: one group, or those of B apart, with a learning rate of their own (LoRA+)."""
+    params = add_lora(model, lora)
+    if lora.loraplus_lr_ratio == 1:
+        return [ParamGroup("llm.lora", params, rate)]
+    inside = {id(p) for n, p in model.language_model.named_parameters() if ".lora_B." in n}
+    others = [p for p in params if id(p) not in inside]
+    second = [p for p in params if id(p) in inside]
+    return [ParamGroup("llm.lora", others, rate), ParamGroup("llm.lora_B", second, rate * lora.loraplus_lr_ratio)]
 
 
 def add_lora(model: MMLLMForConditionalGeneration, lora: LoraSection) -> list[nn.Parameter]:

@@ -109,6 +109,28 @@ def test_interleaved_answers_are_true(built: tuple[Path, dict]) -> None:
             assert branch[1]["content"][0]["text"] == ("yes" if asked["label"] in here else "no")
 
 
+def test_lessons_about_several_pictures_ask_the_same_of_two_of_them(built: tuple[Path, dict]) -> None:
+    records = [r for r in read_records(built[0] / "tune/train.jsonl") if r["id"].startswith("interleaved/")]
+    assert len(records) == 6
+    for r in records:
+        answers: dict[str, set[str]] = {}
+        captions = 0
+        for asked, branch in zip(r["meta"]["questions"], r["branches"], strict=True):
+            things, k = r["meta"]["boxes"], asked["picture"]
+            question, answer = (m["content"][0]["text"] for m in branch)
+            if asked["label"]:
+                here = asked["label"] in {x["text"] for x in things[k - 1]}
+                assert question.endswith(f"in picture {k}?") and answer == ("yes" if here else "no")
+                anywhere = any(asked["label"] == x["text"] for scene in things for x in scene)
+                answers.setdefault(asked["label"], set()).update({answer} if anywhere else {"absent"})
+            else:
+                captions += 1
+                assert question == f"What is in picture {k}?"
+                assert all(x["text"] in answer for x in things[k - 1])
+        assert captions == 3 and {"absent"} in answers.values()
+        assert any(given == {"yes", "no"} for given in answers.values())
+
+
 def test_hearing_has_one_right_option_of_four(built: tuple[Path, dict]) -> None:
     for r in read_records(built[0] / "eval/hear.jsonl"):
         assert len(set(r["options"])) == 4 and r["label"] in r["options"]

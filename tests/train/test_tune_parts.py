@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_tune import config, moved, own_cache, tune, weights, world  # noqa: F401
 from tiny_llava_kinds import save_llava
 
@@ -82,6 +83,20 @@ def test_adapters_in_the_llm_are_merged(world, start, tmp_path, dora, capsys):  
     assert (saved["r"], saved["lora_alpha"], saved["use_dora"]) == (2, 4, dora)
     shown = capsys.readouterr().out
     assert "llm.lora" in shown and "Memory, about" in shown and "gradients 0.0 MB" in shown
+
+
+def test_the_second_matrices_of_adapters_have_their_own_rate(world, tmp_path, capsys):  # noqa: F811
+    def adapter(name: str, **more) -> dict[str, torch.Tensor]:
+        train = {"llm": "lora", "learning_rate": 1e-3, "warmup_steps": 0, "weight_decay": 0.0, "max_steps": 1}
+        run = run_parts(world, tmp_path / name, train, lora={"r": 2, "targets": ["q_proj"], **more})
+        return load_file(run / "final" / "adapter" / "adapter_model.safetensors")
+
+    plain, plus = adapter("plain"), adapter("plus", loraplus_lr_ratio=4)
+    assert "llm.lora_B" in capsys.readouterr().out
+    for name, value in plain.items():
+        # At the first step B is zero, so A has no gradient, and Adam moves each number of B by its learning rate.
+        torch.testing.assert_close(plus[name], value * 4 if "lora_B" in name else value)
+        assert not ("lora_B" in name and (value == 0).all())
 
 
 def test_the_last_layers_of_the_llm_train(world, start, tmp_path):  # noqa: F811
