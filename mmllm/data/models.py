@@ -16,7 +16,7 @@ from mmllm.errors import UserError, unknown
 
 PREFIX = "starter:"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-DATASET_SIZES = ("full", "fast")
+DATASET_SIZES = ("full", "medium", "fast")
 MAKER_VERSION = "2"  # raise it when a maker below changes what it writes
 
 
@@ -127,7 +127,7 @@ def _quietly(maker: Callable[[Path, Path], None], source: Path, target: Path) ->
 
 
 def resolve_dataset(ref: str) -> Path:
-    """Folder of a dataset: ``starter:full`` and ``starter:fast`` in the cache, or a folder of the user's.
+    """Folder of a dataset: ``starter:full``, ``:medium`` and ``:fast`` in the cache, or a folder of the user's.
 
     Raises:
         UserError: it is not there; says the command that builds it.
@@ -136,7 +136,7 @@ def resolve_dataset(ref: str) -> Path:
     if not ref.startswith(PREFIX):
         path = Path(ref).expanduser()
         if not path.is_dir():
-            raise UserError("no such dataset folder", ref, "give a folder, starter:full or starter:fast")
+            raise UserError("no such dataset folder", ref, "give a folder or starter:full, :medium or :fast")
         return path.resolve()
     size = ref.removeprefix(PREFIX)
     if size not in DATASET_SIZES:

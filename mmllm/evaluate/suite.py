@@ -15,7 +15,7 @@ TASKS: dict[str, str | None] = {
     "pope": None, "chair": "short", "mme": None, "mmvp": None, "seed": None, "refcoco": "mmllm",
 }  # fmt: skip
 CLUSTERS, CONTROL_CLUSTERS = 40, 20  # sized for minutes on two cores; --limit asks more
-DATASETS = ("starter:full", "starter:fast")
+DATASETS = ("starter:full", "starter:medium", "starter:fast")
 
 
 def suite_data(dataset: str | None) -> Path:

@@ -28,8 +28,8 @@ def run(*args: str) -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """The fast starter's conversations about pictures."""
-    source, root = build_dataset("starter.yaml", "fast"), tmp_path_factory.mktemp("connectors")
+    """The medium starter's conversations about pictures."""
+    source, root = build_dataset("starter.yaml", "medium"), tmp_path_factory.mktemp("connectors")
     for stage in ("pretrain", "tune"):
         rows = []
         for record in read_records(source / stage / "train.jsonl"):
@@ -55,7 +55,7 @@ def test_what_is_seen_beats_what_is_guessed_by_the_stated_margin(connector, data
     stated = yaml.safe_load((CONFIGS / f"tune_{connector}.yaml").read_text())["margins"]
     assert {"caption_recall_seen", "pope_accuracy_seen"} <= set(stated)
     asked = ("--tasks", ",".join(name.split("_")[0] for name in stated), "--limit", "60", "--blind")
-    run("eval", "--model", str(tune), "--data", "starter:fast", *asked)
+    run("eval", "--model", str(tune), "--data", "starter:medium", *asked)
     figures = {f.name: f for f in read_figures(tune / "eval" / "results.json")}
     for name, margin in stated.items():
         over = figures[f"{name}_over_blind"]
