@@ -26,6 +26,7 @@ class Experiments(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([("hallucination", "Does decoding reduce hallucination? With a planted prior."),
+                                ("starter", "What each part of the starter's recipe is worth."),
                                 ("SLUG", "One method's effect; see mmllm methods list.")])  # fmt: skip
 
 
@@ -117,3 +118,21 @@ def hallucination(smoke: bool, seeds: int | None, out: Path, docs: Path, offline
     line = " ".join(["mmllm reproduce hallucination", *(["--smoke"] if smoke else []),
                      *([f"--seeds {seeds}"] if seeds else [])])  # fmt: skip
     click.echo(f"report: {reproduce(size, seeds, out, docs, offline, line)}")
+
+
+@command.command("starter")
+@click.option("--seeds", type=click.IntRange(1), help="Training seeds; default: what the config says.")
+@click.option("--only", default="", help="Names of arms, with commas; the recipe is always among them.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/ablation"), show_default=True,
+              help="Keeps finished runs; the same command goes on where it was stopped.")  # fmt: skip
+@click.option("--docs", type=click.Path(path_type=Path), default=Path("docs"), show_default=True,
+              help="Folder with starter.md, in which the table is written.")  # fmt: skip
+@click.option("--offline", is_flag=True, help="Use only what the cache holds.")
+def starter(seeds: int | None, only: str, out: Path, docs: Path, offline: bool) -> None:
+    """What is each part of the starter's recipe worth? Equal budgets, paired seeds (configs/starter/ablation.yaml)."""
+    from mmllm.reproduce.ablation import reproduce
+
+    arms = [x.strip() for x in only.split(",") if x.strip()]
+    line = " ".join(["mmllm reproduce starter", *([f"--seeds {seeds}"] if seeds else []),
+                     *([f"--only {only}"] if arms else [])])  # fmt: skip
+    click.echo(f"report: {reproduce(out, docs, seeds, arms, offline, line)}")
