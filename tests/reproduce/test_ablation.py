@@ -1,4 +1,4 @@
-"""`mmllm reproduce starter`: arms are the recipe's own configs, differences are paired, the table stands in its page."""
+"""`mmllm reproduce starter`: arms are the recipe's own configs, differences are paired, the page holds the table."""
 
 import json
 
