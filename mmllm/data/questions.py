@@ -168,7 +168,7 @@ def scene_questions(
     vocabulary: Sequence[str],
     rng: np.random.Generator,
     blocks: Mapping[str, Sequence[str]] | None = None,
-    kinds: Sequence[str] = ("caption", *["exists"] * 5, "count", "side", "box", "box"),
+    kinds: Sequence[str] = ("caption", *["exists"] * 4, "count", "side", *["box"] * 3),
 ) -> list[QA]:
     """Questions on one scene in random order; yes and no alternate, so every scene is balanced.
 
