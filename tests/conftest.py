@@ -39,13 +39,7 @@ def may_mount() -> bool:
 
 
 # What takes longest starts first, so that no process is left with it at the end (`pytest -n 2`).
-LONGEST = (
-    "tests/journeys/test_connectors.py",
-    "tests/journeys/test_quickstart.py",
-    "tests/journeys/",
-    "tests/train/test_scale.py",
-    "tests/serve/",
-)
+LONGEST = ("tests/journeys/test_road", "tests/journeys/", "tests/train/test_scale.py", "tests/serve/")
 
 
 def _length(item) -> int:

@@ -45,7 +45,7 @@ def task_names() -> list[str]:
 def make_jobs(
     tasks: Sequence[EvalTask], shuffled: bool, control_clusters: int | None, seed: int, blind: bool = False
 ) -> list[Job]:
-    """Every sample of every task; controls for the first clusters; calibration samples once per kind of task."""
+    """Every sample of every task; shuffled ones for the first clusters; calibration samples once per kind of task."""
     jobs: list[Job] = []
     calibrated: set[type] = set()
     for task in tasks:
@@ -54,7 +54,7 @@ def make_jobs(
         if shuffled:
             jobs += [Job(task, s) for s in task.control(take_clusters(samples, control_clusters), seed)]
         if blind:
-            jobs += [Job(task, without_media(s)) for s in take_clusters(samples, control_clusters)]
+            jobs += [Job(task, without_media(s)) for s in samples]  # cheap: no media
         if type(task) not in calibrated:
             calibrated.add(type(task))
             jobs += [Job(task, s, calibration=True) for s in task.calibration_samples()]
