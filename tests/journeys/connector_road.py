@@ -56,20 +56,22 @@ def road(connector: str, folder: Path) -> tuple[dict[str, float], dict[str, Figu
     mmllm_run("pretrain", str(CONFIGS / f"pretrain_{connector}.yaml"), where, f"init={align}", "--out", str(pretrain))
     mmllm_run("tune", str(CONFIGS / f"tune_{connector}.yaml"), where, f"init={pretrain}", "--out", str(tune))
     assert json.loads((tune / "final" / "config.json").read_text())["vision_connector"]["type"] == connector
+    stated = yaml.safe_load((CONFIGS / f"tune_{connector}.yaml").read_text())["margins"]
+    tasks = {name.split("_")[0]: LIMITS[name.split("_")[0]] for name in stated}
     figures: dict[str, Figure] = {}
-    for limit in sorted(set(LIMITS.values())):
-        asked = ",".join(task for task, n in LIMITS.items() if n == limit)
+    for limit in sorted(set(tasks.values())):
+        asked = ",".join(task for task, n in tasks.items() if n == limit)
         out = folder / f"eval{limit}"
         asks = ("--tasks", asked, "--limit", str(limit), "--blind", "--out", str(out))
         mmllm_run("eval", "--model", str(tune), "--data", "starter:medium", *asks)
         figures |= {f.name: f for f in read_figures(out / "results.json")}
-    return yaml.safe_load((CONFIGS / f"tune_{connector}.yaml").read_text())["margins"], figures
+    return stated, figures
 
 
 def check(connector: str, folder: Path) -> None:
     """What is seen beats what is guessed without pictures, by the stated margin and outside of chance."""
     stated, figures = road(connector, folder)
-    assert set(stated) == {"caption_recall_seen", "pope_accuracy_seen", "box_accuracy_iou50", "interleaved_accuracy"}
+    assert {"caption_recall_seen", "pope_accuracy_seen", "interleaved_accuracy"} <= set(stated)
     over = {name: figures[f"{name}_over_blind"] for name in stated}
     told = {name: (f.value, f.low, f.high, f.target) for name, f in over.items()}
     for name, margin in stated.items():
