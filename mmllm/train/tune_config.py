@@ -19,7 +19,7 @@ class LoraSection(StrictModel):
         targets: names of its linear layers, or ``all-linear``: all of them but the head.
         dora: also learn the length of each row of the weights (arXiv 2402.09353).
         loraplus_lr_ratio: learning rate of the matrices B, which start at zero, over that of A (LoRA+, arXiv
-            2402.12354); 1 is plain LoRA, a small LLM on a short run gains much from 4.
+            2402.12354); 1 is plain LoRA, the starter takes 4.
     """
 
     r: int = Field(default=8, ge=1)
