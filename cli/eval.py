@@ -40,6 +40,7 @@ ALL = "pope,caption,side,box,interleaved,hear,retrieval"
 @click.option("--always-yes", is_flag=True, help="Benchmarks: a control that answers every yes/no question with yes.")
 @click.option("--suite", type=click.Choice(["starter"]), help="Six benchmarks made here, in one go; needs --model.")
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--nproc", type=click.IntRange(1), default=1, show_default=True, help="Processes that share the questions.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for results.json and predictions.jsonl.")
 def command(
     model: Path | None,
@@ -56,6 +57,7 @@ def command(
     always_yes: bool,
     suite: str | None,
     seed: int,
+    nproc: int,
     out: Path | None,
 ) -> None:
     """Measure a model, with a 95 % interval, chance and a shuffled-media control beside every figure."""
@@ -71,7 +73,10 @@ def command(
 
     asked = {"shuffled": not blind if shuffled is None else shuffled, "blind": blind, "always_yes": always_yes}
     control = [name for name, on in asked.items() if on]
+    alone = UserError("benchmarks are asked by one process", "--nproc", "leave it out")
     if suite is not None:
+        if nproc > 1:
+            raise alone
         from mmllm.evaluate.suite import run_suite
 
         given = {"--align": align, "--tasks": tasks, "--style": style}
@@ -88,6 +93,8 @@ def command(
     if tasks is not None and are_benchmarks(wanted, data, style):
         from mmllm.evaluate.benchmarks.runner import run_benchmarks
 
+        if nproc > 1:
+            raise alone
         if (model is None) == (align is None):
             what = "nothing to measure" if model is None else "a model and an align run at once"
             raise UserError(what, do="give --model RUN for questions, or --align RUN for retrieval")
@@ -109,6 +116,6 @@ def command(
     if tasks is None:
         wanted = [t for t in wanted if (align if t == "retrieval" else model) is not None]
     figures = run_eval(
-        model, data, wanted, decode, limit, out, asked["shuffled"], align, seed, command=line, blind=blind
+        model, data, wanted, decode, limit, out, asked["shuffled"], align, seed, command=line, blind=blind, nproc=nproc
     )
     print_figures(figures, f"{model or align} on {data}, decoded {decode}")

@@ -89,7 +89,8 @@ def load_connector_folder(folder: str | Path, **changes: Any) -> Connector:
 
     Args:
         changes: config keys to change on loading, such as ``positions=True`` for a connector that was aligned without
-            them. Parameters that only the changed connector has keep their fresh values; every saved one must fit.
+            them. Parameters that only the changed connector has keep their fresh values, position vectors are zero, so
+            that they change nothing before training; every saved one must fit.
 
     Raises:
         UserError: the folder holds no connector, or its weights don't fit the changed config.
@@ -115,5 +116,8 @@ def load_connector_folder(folder: str | Path, **changes: Any) -> Connector:
     if fresh and not changes:
         raise UserError(f"weights missing: {', '.join(sorted(fresh))}", folder, "the folder is incomplete")
     with torch.no_grad():
+        for name in fresh:
+            if name.startswith("positions."):
+                here[name].zero_()
         connector.load_state_dict(weights, strict=False)
     return connector

@@ -65,7 +65,10 @@ class FolderConnector(Connector):
 
 
 class GridPositions(nn.Module):
-    """A learned vector of a token's row plus one of its column, zero at the start; another grid gets them interpolated.
+    """A learned vector of a token's row plus one of its column; another grid gets them interpolated.
+
+    They start at random, half as large as the normalised tokens that they are added to. From zero they grow so slowly
+    that queries learn the boxes of the training scenes by heart before they learn places.
 
     Raises:
         UserError: no rows and columns.
@@ -76,8 +79,8 @@ class GridPositions(nn.Module):
         if grid is None or len(grid) != 2:
             do = "give grid: [6, 6], or take a tower whose tokens lie on a grid"
             raise UserError("positions need the grid's rows and columns", f"connector '{kind}'", do)
-        self.rows = nn.Parameter(torch.zeros(grid[0], width))
-        self.columns = nn.Parameter(torch.zeros(grid[1], width))
+        self.rows = nn.Parameter(torch.randn(grid[0], width) * 0.5)
+        self.columns = nn.Parameter(torch.randn(grid[1], width) * 0.5)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int, int] | None, num_prefix: int = 0) -> Tensor:
         """tokens [B, N, width], class tokens first, then those on the grid -> the same with their places.

@@ -31,7 +31,7 @@ class MmllmSimple(lmms):
     def __init__(
         self, pretrained: str = "", decode: str = "greedy", video_frames: int = VIDEO_FRAMES, **more: Any
     ) -> None:  # fmt: skip
-        from mmllm.evaluate.run import load_decoder
+        from mmllm.evaluate.answer import load_decoder
 
         unknown = sorted(set(more) - IGNORED - {"decoder"})
         if unknown:

@@ -14,14 +14,12 @@ from typing import Any
 import yaml
 
 from mmllm.errors import UserError, unknown
+from mmllm.evaluate.answer import Asked, Progress, answer, answer_in_processes, load_decoder
 from mmllm.evaluate.page import write_eval_report
 from mmllm.evaluate.tasks import EvalData, EvalTask, Row, Sample, take_clusters, without_media
 from mmllm.registry import get, names
 from mmllm.report.figures import Figure, write_figures
 
-# Scored questions go to the decoder in portions of this many, so that progress shows and memory stays flat.
-SCORE_PORTION = 256
-GENERATE_PORTION = 64
 CONTROL_CLUSTERS = 80
 
 
@@ -61,66 +59,23 @@ def make_jobs(
     return jobs
 
 
-def answer_jobs(decoder: Any, jobs: Sequence[Job], decode: str, seed: int) -> None:
-    """Fills ``job.row`` of every job.
-
-    Questions on the same media stand side by side, so that the decoder computes their common prefix once; free answers
-    of similar length are generated together.
-    """
-    from mmllm.decode import Request
-
-    def request(job: Job) -> Any:
+def answer_jobs(
+    jobs: Sequence[Job], decode: str, seed: int, decoder: Any = None, model: str | Path | None = None, nproc: int = 1
+) -> None:
+    """Fills ``job.row`` of every job, by the decoder or, in ``nproc`` processes, by copies of the model."""
+    asked = []
+    for job in jobs:
         # One seed per media: all questions on a picture then share the views that noise makes of it.
         salt = zlib.crc32("|".join(job.sample.media).encode()) ^ seed
-        return Request(job.task.prompt(job.sample), decode, max_new_tokens=job.task.max_new_tokens, seed=salt)
-
-    scored = sorted((j for j in jobs if j.sample.choices), key=lambda j: (j.sample.kind, j.sample.media))
-    free = sorted((j for j in jobs if not j.sample.choices), key=lambda j: (j.task.max_new_tokens, j.sample.media))
-    progress = Progress(len(scored) + len(free))
-    for portion in media_portions(scored, SCORE_PORTION):
-        results = decoder.score([request(j) for j in portion], [j.sample.choices for j in portion])
-        for job, scores in zip(portion, results, strict=True):
-            assert job.sample.choices is not None
-            best = max(range(len(scores)), key=lambda i: scores[i])
-            job.row = Row(job.sample, job.sample.choices[best], [float(x) for x in scores])
-        progress.add(len(portion))
-    for start in range(0, len(free), GENERATE_PORTION):
-        portion = free[start : start + GENERATE_PORTION]
-        for job, result in zip(portion, decoder.generate([request(j) for j in portion]), strict=True):
-            job.row = Row(job.sample, result.text)
-        progress.add(len(portion))
-    for job in jobs:
-        assert job.row is not None
+        s, task = job.sample, job.task
+        asked.append(Asked(task.prompt(s), s.media, s.kind, s.choices, task.max_new_tokens, salt))
+    if nproc > 1 and model is not None:
+        answers = answer_in_processes(model, asked, decode, nproc)
+    else:
+        answers = answer(decoder, asked, decode, Progress(len(asked)).at)
+    for job, (text, scores) in zip(jobs, answers, strict=True):
+        job.row = Row(job.sample, text, scores)
         job.task.judge(job.row)
-
-
-def media_portions(jobs: Sequence[Job], size: int) -> list[list[Job]]:
-    """Consecutive portions of about ``size`` jobs that never part jobs on the same media."""
-    portions: list[list[Job]] = []
-    last: list[str] | None = None
-    for job in jobs:
-        if not portions or (len(portions[-1]) >= size and (job.sample.media != last or not last)):
-            portions.append([])
-        portions[-1].append(job)
-        last = job.sample.media
-    return portions
-
-
-class Progress:
-    """A line now and then: questions answered, rate, time left."""
-
-    def __init__(self, total: int, every: float = 10.0):
-        self.total, self.every, self.done = total, every, 0
-        self.start = self.said = time.monotonic()
-
-    def add(self, count: int) -> None:
-        self.done += count
-        now = time.monotonic()
-        if now - self.said >= self.every or self.done == self.total:
-            self.said = now
-            rate = self.done / max(now - self.start, 1e-6)
-            left = (self.total - self.done) / rate
-            print(f"eval: {self.done} of {self.total} questions, {rate:.1f}/s, {left:.0f} s left", flush=True)
 
 
 def finish(tasks: Sequence[EvalTask], jobs: Sequence[Job]) -> list[Figure]:
@@ -224,6 +179,7 @@ def run_eval(
     decoder: Any = None,
     command: str = "mmllm eval",
     blind: bool = False,
+    nproc: int = 1,
 ) -> list[Figure]:
     """Evaluates a model; ``out`` gets ``results.json``, ``predictions.jsonl``, ``report.html`` and ``trace.json``.
 
@@ -237,6 +193,7 @@ def run_eval(
         shuffled: also ask about shuffled media, for the first ``control_clusters`` scenes of each task.
         align: align run for ``retrieval``.
         blind: also ask the same without media; a run's own ``margins`` are judged by it.
+        nproc: processes that share the questions, with a copy of the model each.
         decoder: anything with the decoder's ``score`` and ``generate``; made from ``model_path`` when absent.
 
     Raises:
@@ -262,8 +219,12 @@ def run_eval(
         asked += [task(data, split) for split in splits]
     if "retrieval" in chosen and align is None:
         raise UserError("task 'retrieval' needs an align run", "--align", "give --align RUN or leave the task out")
-    if asked and decoder is None:
+    if decoder is not None:
+        nproc = 1
+    elif asked and nproc == 1:
         decoder = load_decoder(model_path)
+    elif asked and model_path is None:
+        raise UserError("these tasks need a model", "--model", "give --model RUN")
     home = model_path or align
     if out is None and home is None:
         raise UserError("nowhere to write to", "--out", "give a folder")
@@ -273,11 +234,12 @@ def run_eval(
     jobs = make_jobs(asked, shuffled, control_clusters, seed, blind)
     figures: list[Figure] = []
     if jobs:
-        answer_jobs(decoder, jobs, spec, seed)
+        answer_jobs(jobs, spec, seed, decoder, model_path, nproc)
         figures += finish(asked, jobs)
         judge_margins(figures, model_path)
         write_predictions(folder / "predictions.jsonl", jobs)
-        write_trace(folder / "trace.json", decoder, jobs[0], spec, seed)
+        if spec != "greedy":
+            write_trace(folder / "trace.json", decoder or load_decoder(model_path), jobs[0], spec, seed)
     if "retrieval" in chosen:
         from mmllm.evaluate.alignment import alignment_figures
 
@@ -291,18 +253,3 @@ def run_eval(
     if jobs:
         write_eval_report(folder)
     return figures
-
-
-def load_decoder(model_path: str | Path | None) -> Any:
-    """The decoder on a trained model.
-
-    Raises:
-        UserError: no path, or not a multimodal model.
-    """
-    from mmllm.decode import Decoder
-    from mmllm.model import load_model
-
-    if model_path is None:
-        raise UserError("these tasks need a model", "--model", "give --model RUN")
-    model, processor = load_model(str(model_path), device="auto")
-    return Decoder(model.eval(), processor)

@@ -13,8 +13,9 @@ from mmllm.data.questions import caption, format_box, with_article
 from mmllm.decode import Decoder
 from mmllm.decode.requests import Result
 from mmllm.errors import UserError
+from mmllm.evaluate.answer import Asked, media_portions, shares
 from mmllm.evaluate.gallery import gallery_items
-from mmllm.evaluate.run import media_portions, run_eval
+from mmllm.evaluate.run import run_eval
 from mmllm.report.figures import read_figures
 
 NAMES = ["cat", "dog", "owl", "bell", "lamp", "kite", "boat", "tree"]
@@ -222,16 +223,46 @@ def test_questions_on_one_picture_stay_together_and_share_a_seed(dataset, tmp_pa
 
 
 def test_portions_never_part_a_picture():
-    class J:
-        def __init__(self, m):
-            self.sample = type("S", (), {"media": [m]})
+    items = [[f"p{i // 5}"] for i in range(40)]
+    portions = media_portions(items, 7, lambda item: item)
+    assert [j for p in portions for j in p] == items and len(portions) > 1
+    assert not any({a[0] for a in p} & {b[0] for b in q} for p, q in zip(portions, portions[1:]))
 
-    jobs = [J(f"p{i // 5}") for i in range(40)]
-    portions = media_portions(jobs, 7)
-    assert [j for p in portions for j in p] == jobs and len(portions) > 1
-    assert not any(
-        {a.sample.media[0] for a in p} & {b.sample.media[0] for b in q} for p, q in zip(portions, portions[1:])
-    )
+
+def test_shares_hold_every_question_once_and_never_part_a_picture():
+    asked = [Asked([], [f"p{i % 9}"], choices=["yes", "no"] if i % 3 else None) for i in range(60)]
+    dealt = shares(asked, 4)
+    assert sorted(i for share in dealt for i in share) == list(range(60)) and len(dealt) == 4
+    for scored in (True, False):  # free answers take longest, so they are dealt out by themselves
+        kinds = [{asked[i].media[0] for i in share if bool(asked[i].choices) == scored} for share in dealt]
+        assert sum(map(len, kinds)) == len(set().union(*kinds))
+        assert max(map(len, kinds)) - min(map(len, kinds)) <= 1
+    assert shares(asked[:1], 3) == [[0]]
+
+
+@pytest.mark.slow
+def test_two_processes_answer_what_one_does(dataset, tmp_path):
+    model, processor = tiny_model()
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    from mmllm.cli.eval import command
+
+    answers = []
+    for nproc in ("1", "2"):
+        out = tmp_path / nproc
+        asks = ["--data", str(dataset), "--tasks", "pope,box", "--limit", "6", "--nproc", nproc, "--out", str(out)]
+        done = CliRunner().invoke(command, ["--model", str(tmp_path / "model"), *asks])
+        assert done.exit_code == 0, done.output
+        answers.append([json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()])
+    one, two = answers
+    assert len(one) > 100 and [r["id"] for r in one] == [r["id"] for r in two]
+    for a, b in zip(one, two, strict=True):
+        assert a.get("scores") == pytest.approx(b.get("scores"), abs=1e-4)
+        assert a["answer"] == b["answer"] or a["scores"][0] == pytest.approx(a["scores"][1], abs=1e-3)
+
+    (tmp_path / "model" / "config.json").unlink()  # what a process of several says comes through in one line
+    with pytest.raises(UserError, match="model"):
+        run_eval(tmp_path / "model", dataset, ["pope"], limit=2, out=tmp_path / "bad", nproc=2)
 
 
 def test_gallery_is_drawn_by_seed_and_shows_truth_and_answer(dataset, tmp_path):

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from mmllm.errors import UserError
+from mmllm.evaluate.answer import GENERATE_PORTION, SCORE_PORTION, Progress, load_decoder, media_portions
 from mmllm.evaluate.benchmarks import get_benchmark
 from mmllm.evaluate.benchmarks.answers import AnswerStore, Given, Key, question_id, weights_id
 from mmllm.evaluate.benchmarks.base import YES_NO, Answered, Benchmark, split_of
 from mmllm.evaluate.benchmarks.controls import ALWAYS_YES, BLIND, add_controls, asked_controls, control_kinds, kind_of
 from mmllm.evaluate.benchmarks.scores import unparsed_figure
 from mmllm.evaluate.page import write_eval_report
-from mmllm.evaluate.run import GENERATE_PORTION, SCORE_PORTION, Progress, load_decoder, media_portions
 from mmllm.evaluate.tasks import Sample
 from mmllm.report.figures import Figure, read_figures, write_figures
 
@@ -164,7 +164,7 @@ def ask(decoder: Any, questions: Sequence[Question], store: AnswerStore, decode:
             q.given = Given(result.text, q.given.scores)
         store.add([(key, q.asked, q.given) for q in portion for key in q.waiting])
         progress.add(len(portion))
-    for portion in media_portions(closed, SCORE_PORTION):  # type: ignore[arg-type]
+    for portion in media_portions(closed, SCORE_PORTION, lambda q: q.sample.media):
         score_portion(decoder, portion, request)  # type: ignore[arg-type]
         store.add([(key, q.asked, q.given) for q in portion for key in q.waiting])  # type: ignore[attr-defined]
         progress.add(len(portion))

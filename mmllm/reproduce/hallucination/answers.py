@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mmllm.evaluate.run import Progress
+from mmllm.evaluate.answer import Progress
 from mmllm.evaluate.tasks import Sample
 from mmllm.train.disk import write_json
 

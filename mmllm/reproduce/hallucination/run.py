@@ -19,7 +19,7 @@ from mmllm.config import StrictModel, load_config
 from mmllm.data.models import resolve_dataset
 from mmllm.data.planted import Prior
 from mmllm.errors import UserError
-from mmllm.evaluate.run import load_decoder
+from mmllm.evaluate.answer import load_decoder
 from mmllm.evaluate.stats import best_threshold, derangement
 from mmllm.evaluate.tasks import Sample, shuffled
 from mmllm.reproduce.arms import Arm, Command, Step, run_command, train_arm

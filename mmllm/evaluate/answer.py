@@ -1,0 +1,190 @@
+"""Puts questions to a decoder in portions that share their media, in one process or several."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmllm.errors import UserError
+
+# Scored questions go to the decoder in portions of this many, so that progress shows and memory stays flat.
+SCORE_PORTION = 256
+GENERATE_PORTION = 64
+
+
+@dataclass
+class Asked:
+    """One question on its way through the decoder.
+
+    Attributes:
+        messages: the prompt.
+        media: paths or recordings in it; questions on the same ones share their computed prefix.
+        kind: of the media.
+        choices: answers to choose from by probability; None asks for free text.
+        max_new_tokens: of free text.
+        seed: of decoding methods that draw.
+    """
+
+    messages: list[dict[str, Any]]
+    media: list[str]
+    kind: str = "image"
+    choices: list[str] | None = None
+    max_new_tokens: int = 32
+    seed: int = 0
+
+
+Answer = tuple[str, list[float] | None]
+
+
+def answer(
+    decoder: Any, asked: Sequence[Asked], decode: str, said: Callable[[int, int], None] | None = None
+) -> list[Answer]:
+    """The answers, in the order of the questions: text, and the log-probabilities of the choices where there are any.
+
+    Questions on the same media stand side by side, so that the decoder computes their common prefix once; free answers
+    of similar length are generated together.
+
+    Args:
+        said: told (answered, of all) after each portion.
+    """
+    from mmllm.decode import Request
+
+    out: list[Answer | None] = [None] * len(asked)
+    scored = sorted((i for i, a in enumerate(asked) if a.choices), key=lambda i: (asked[i].kind, asked[i].media))
+    free = [i for i, a in enumerate(asked) if not a.choices]
+    free.sort(key=lambda i: (asked[i].max_new_tokens, asked[i].media))
+
+    def request(i: int) -> Any:
+        return Request(asked[i].messages, decode, max_new_tokens=asked[i].max_new_tokens, seed=asked[i].seed)
+
+    done = 0
+    for portion in media_portions(scored, SCORE_PORTION, lambda i: asked[i].media):
+        results = decoder.score([request(i) for i in portion], [asked[i].choices for i in portion])
+        for i, scores in zip(portion, results, strict=True):
+            choices = asked[i].choices or []
+            best = max(range(len(scores)), key=lambda k: scores[k])
+            out[i] = (choices[best], [float(x) for x in scores])
+        done += len(portion)
+        if said:
+            said(done, len(asked))
+    for start in range(0, len(free), GENERATE_PORTION):
+        portion = free[start : start + GENERATE_PORTION]
+        for i, result in zip(portion, decoder.generate([request(i) for i in portion]), strict=True):
+            out[i] = (result.text, None)
+        done += len(portion)
+        if said:
+            said(done, len(asked))
+    assert all(a is not None for a in out)
+    return out  # type: ignore[return-value]
+
+
+def media_portions(items: Sequence[Any], size: int, media: Callable[[Any], list[str]]) -> list[list[Any]]:
+    """Consecutive portions of about ``size`` items that never part items on the same media."""
+    portions: list[list[Any]] = []
+    last: list[str] | None = None
+    for item in items:
+        found = media(item)
+        if not portions or (len(portions[-1]) >= size and (found != last or not last)):
+            portions.append([])
+        portions[-1].append(item)
+        last = found
+    return portions
+
+
+def shares(asked: Sequence[Asked], nproc: int) -> list[list[int]]:
+    """The numbers of the questions for each process: all on the same media in one, about as many in each."""
+    order = sorted(range(len(asked)), key=lambda i: (asked[i].kind, asked[i].media, i))
+    out: list[list[int]] = [[] for _ in range(nproc)]
+    # Scored and free ones are dealt out apart, and by turns, so that no process has all the long answers.
+    for free in (False, True):
+        mine = [i for i in order if (not asked[i].choices) == free]
+        for turn, portion in enumerate(media_portions(mine, 1, lambda i: asked[i].media)):
+            out[turn % nproc] += portion
+    return [share for share in out if share]
+
+
+def answer_in_processes(model: str | Path, asked: Sequence[Asked], decode: str, nproc: int) -> list[Answer]:
+    """The same as ``answer``, by ``nproc`` processes with a copy of the model each.
+
+    Where there are several GPUs each process has one. Answers are those of one process up to the rounding of other
+    batches.
+
+    Raises:
+        UserError: what a process says, or that one was killed.
+    """
+    from mmllm.train.launch import available_cores
+
+    dealt = shares(asked, nproc)
+    threads = max(1, available_cores() // max(1, len(dealt)))
+    out: list[Answer | None] = [None] * len(asked)
+    # Spawned, not forked: a fork of a process whose OpenMP threads have run can hang.
+    with ProcessPoolExecutor(len(dealt), mp_context=multiprocessing.get_context("spawn")) as pool:
+        todo = [
+            pool.submit(_share, str(model), [asked[i] for i in share], decode, rank, threads)
+            for rank, share in enumerate(dealt)
+        ]
+        try:
+            for share, future in zip(dealt, todo, strict=True):
+                found = future.result()
+                if isinstance(found, tuple):
+                    raise UserError(*found)
+                for i, one in zip(share, found, strict=True):
+                    out[i] = one
+        except BrokenProcessPool:
+            raise UserError("a process was killed (out of memory?)", "--nproc", "take fewer processes") from None
+    return out  # type: ignore[return-value]
+
+
+def _share(
+    model: str, asked: list[Asked], decode: str, rank: int, threads: int
+) -> list[Answer] | tuple[str, object, str | None]:
+    """One process's share; a user's mistake comes back as its parts, since exceptions travel badly."""
+    import torch
+
+    torch.set_num_threads(threads)
+    try:
+        device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+        return answer(load_decoder(model, device), asked, decode, Progress(len(asked)).at if rank == 0 else None)
+    except UserError as e:
+        return e.what, None if e.where is None else str(e.where), e.do
+
+
+def load_decoder(model_path: str | Path | None, device: str = "auto") -> Any:
+    """The decoder on a trained model.
+
+    Raises:
+        UserError: no path, or not a multimodal model.
+    """
+    from mmllm.decode import Decoder
+    from mmllm.model import load_model
+
+    if model_path is None:
+        raise UserError("these tasks need a model", "--model", "give --model RUN")
+    model, processor = load_model(str(model_path), device=device)
+    return Decoder(model.eval(), processor)
+
+
+class Progress:
+    """A line now and then: questions answered, rate, time left."""
+
+    def __init__(self, total: int, every: float = 10.0):
+        self.total, self.every, self.done = total, every, 0
+        self.start = self.said = time.monotonic()
+
+    def add(self, count: int) -> None:
+        self.at(self.done + count, self.total)
+
+    def at(self, done: int, total: int) -> None:
+        self.done = done
+        now = time.monotonic()
+        if now - self.said >= self.every or done == total:
+            self.said = now
+            rate = done / max(now - self.start, 1e-6)
+            left = (total - done) / rate
+            print(f"eval: {done} of {total} questions, {rate:.1f}/s, {left:.0f} s left", flush=True)
