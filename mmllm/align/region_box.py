@@ -71,11 +71,10 @@ class RegionBox(Objective):
         return {"loss": loss, "box_error": (self.decode(found.detach()) - truth).abs().mean()}
 
 
-def token_boxes(batch: AlignBatch, stream: str, centre: bool = False, group: int = 1) -> tuple[Tensor, Tensor]:
+def token_boxes(batch: AlignBatch, stream: str, centre: bool = False) -> tuple[Tensor, Tensor]:
     """The box that each token of a stream stands for: index [B, M] into boxes [N, 4], -1 for none.
 
-    On a grid that of its cell (``box_cells``), else the one that it is assigned to (``mmllm.align.matching``), where of
-    each ``group`` tokens the first alone counts.
+    On a grid that of its cell (``box_cells``), else the one that it is assigned to (``mmllm.align.matching``).
     """
     held = batch.streams[stream]
     assert held.token_embedding is not None and batch.boxes is not None
@@ -84,14 +83,11 @@ def token_boxes(batch: AlignBatch, stream: str, centre: bool = False, group: int
         return box_cells(batch, held.grid[1:], device, centre)
     vocabulary = batch.extras["vocabulary"]
     words = vocabulary["embedding"].to(held.token_embedding)
-    tokens, mask = held.token_embedding[:, ::group], None if held.token_mask is None else held.token_mask[:, ::group]
-    own = assigned_things(tokens, mask, words, vocabulary["index"], batch.boxes)
+    own = assigned_things(held.token_embedding, held.token_mask, words, vocabulary["index"], batch.boxes)
     counts = torch.tensor([len(things) for things in batch.boxes], device=device)
     first = (counts.cumsum(0) - counts)[:, None]
     boxes = [t["xyxy"] for things in batch.boxes for t in things]
-    owner = torch.full(held.token_embedding.shape[:2], -1, device=device)
-    owner[:, ::group] = torch.where(own >= 0, own + first, -1)
-    return owner, torch.tensor(boxes or [[0.0] * 4], device=device)
+    return torch.where(own >= 0, own + first, -1), torch.tensor(boxes or [[0.0] * 4], device=device)
 
 
 def box_cells(

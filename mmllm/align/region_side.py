@@ -28,16 +28,12 @@ class RegionSide(Objective):
         reach: how far a token goes along a line, in lengths of a word embedding around their mean.
         soft: distance of the thing's centre from the picture's middle, as a share of the side, at which it has gone all
             the way; nearer to the middle it goes in proportion.
-        group: tokens on no grid that are about one thing (``region_text``), of which the first is moved.
     """
 
     axes: Tensor
 
-    def __init__(
-        self, stream: str, dim: int, words: str, reach: float = 0.5, soft: float = 0.2, group: int = 1
-    ):
+    def __init__(self, stream: str, dim: int, words: str, reach: float = 0.5, soft: float = 0.2):
         super().__init__()
-        self.group = group
         self.stream, self.words, self.reach, self.soft = stream, words, reach, soft
         self.needs = frozenset({f"{stream}.token_embedding", "vocabulary"})
         self.register_buffer("axes", torch.zeros(len(AXES), dim))
@@ -56,7 +52,7 @@ class RegionSide(Objective):
     def forward(self, batch: AlignBatch) -> dict[str, Tensor]:
         tokens = batch.streams[self.stream].token_embedding
         assert tokens is not None
-        owner, boxes = token_boxes(batch, self.stream, group=self.group)
+        owner, boxes = token_boxes(batch, self.stream)
         on_thing = owner >= 0
         if not on_thing.any():
             return {"loss": tokens.sum() * 0.0}

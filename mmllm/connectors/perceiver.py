@@ -34,11 +34,9 @@ class _Layer(nn.Module):
 class PerceiverConnector(FolderConnector):
     """``num_latents`` learned latents read all tokens of an input, video frames included, in ``num_layers`` layers.
 
-    Always gives ``num_latents * tokens_per_latent`` tokens. Tokens are first brought to ``hidden_dim``.
+    Always gives ``num_latents`` tokens. Tokens are first brought to ``hidden_dim``.
 
     Args:
-        tokens_per_latent: tokens that each latent becomes, side by side, by a linear map each: what several tokens say
-            of one thing (``region_text``) then comes from one place.
         frames: most frames of an input; each frame's number then has a learned vector that is added to its tokens
             (starting at zero). 0: frames are not told apart.
         positions: adds vectors of row and column to the tower's tokens, for towers that don't know places by themselves
@@ -57,15 +55,13 @@ class PerceiverConnector(FolderConnector):
         dropout: float = 0.0,
         positions: bool = False,
         grid: tuple[int, int] | list[int] | None = None,
-        tokens_per_latent: int = 1,
     ):
         if hidden_dim % num_heads:
             raise UserError(
                 f"hidden_dim {hidden_dim} is not a multiple of num_heads {num_heads}", "connector 'perceiver'"
             )
-        if min(num_latents, num_layers, tokens_per_latent) < 1 or frames < 0:
-            what = "num_latents, num_layers and tokens_per_latent must be at least 1, frames 0"
-            raise UserError(what, "connector 'perceiver'")
+        if min(num_latents, num_layers) < 1 or frames < 0:
+            raise UserError("num_latents and num_layers must be at least 1, frames 0", "connector 'perceiver'")
         super().__init__(
             "perceiver",
             in_dim,
@@ -77,18 +73,17 @@ class PerceiverConnector(FolderConnector):
             frames=frames,
             dropout=dropout,
             **({"positions": True, "grid": list(grid)} if positions and grid is not None else {}),
-            **({"tokens_per_latent": tokens_per_latent} if tokens_per_latent > 1 else {}),
         )
-        self.num_latents, self.tokens_per_latent = num_latents, tokens_per_latent
+        self.num_latents = num_latents
         self.latents = nn.Parameter(torch.randn(num_latents, hidden_dim) * 0.02)
         self.frames = nn.Parameter(torch.zeros(frames, hidden_dim)) if frames else None
         self.positions = GridPositions(hidden_dim, grid, "perceiver") if positions else None
         self.norm_in, self.proj_in = nn.LayerNorm(in_dim), nn.Linear(in_dim, hidden_dim)
         self.layers = nn.ModuleList(_Layer(hidden_dim, num_heads, dropout) for _ in range(num_layers))
-        self.norm_out, self.out = nn.LayerNorm(hidden_dim), nn.Linear(hidden_dim, out_dim * tokens_per_latent)
+        self.norm_out, self.out = nn.LayerNorm(hidden_dim), nn.Linear(hidden_dim, out_dim)
 
     def forward(self, features: Features, text: Features | None = None) -> tuple[Tensor, Tensor]:
-        """Tower features of B inputs -> tokens [B, num_latents * tokens_per_latent, out_dim] and mask.
+        """Tower features of B inputs -> tokens [B, num_latents, out_dim] and mask.
 
         Raises:
             UserError: more frames than ``frames``.
@@ -108,11 +103,10 @@ class PerceiverConnector(FolderConnector):
         allowed = torch.cat([mask, mask.new_ones(x.shape[:2])], 1)
         for layer in self.layers:
             x = layer(x, media, allowed)
-        tokens = self.out(self.norm_out(x)).unflatten(-1, (self.tokens_per_latent, self.out_dim)).flatten(1, 2)
-        return tokens, mask.any(1, keepdim=True).expand(-1, tokens.shape[1])
+        return self.out(self.norm_out(x)), mask.any(1, keepdim=True).expand(-1, self.num_latents)
 
     def num_tokens(self, grid_or_length: Any) -> int:
-        return self.num_latents * self.tokens_per_latent
+        return self.num_latents
 
     def out_grid(self, grid: tuple[int, int, int] | None) -> None:
         """None: a token belongs to no place."""

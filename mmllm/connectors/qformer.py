@@ -72,11 +72,9 @@ class _Block(nn.Module):
 class QFormerConnector(FolderConnector):
     """``num_queries`` learned queries pass through ``num_layers`` blocks with cross-attention every ``cross_every``.
 
-    Always gives ``num_queries * tokens_per_query`` tokens, whatever the input's length, padding or its order.
+    Always gives ``num_queries`` tokens, whatever the input's length; padding and order of the padding don't matter.
 
     Args:
-        tokens_per_query: tokens that each query becomes, side by side, by a linear map each: what several tokens say of
-            one thing (``region_text``) then comes from one place.
         text_dim: width of a text that the queries see too (in a multimodal LLM the width of its word embeddings, which
             ``text_dim: auto`` stands for there); None: they see none.
         text_output: whether the text goes through the last block, too, for ``joint``; asked for by the first stage
@@ -99,15 +97,13 @@ class QFormerConnector(FolderConnector):
         text_output: bool = False,
         positions: bool = False,
         grid: tuple[int, int] | list[int] | None = None,
-        tokens_per_query: int = 1,
     ):
         if hidden_dim % num_heads:
             raise UserError(
                 f"hidden_dim {hidden_dim} is not a multiple of num_heads {num_heads}", "connector 'qformer'"
             )
-        if min(num_queries, num_layers, cross_every, tokens_per_query) < 1:
-            what = "num_queries, num_layers, cross_every and tokens_per_query must be at least 1"
-            raise UserError(what, "connector 'qformer'")
+        if min(num_queries, num_layers, cross_every) < 1:
+            raise UserError("num_queries, num_layers and cross_every must be at least 1", "connector 'qformer'")
         text_dim = out_dim if text_dim == "auto" else text_dim
         if text_dim is not None and (not isinstance(text_dim, int) or text_dim < 1):
             raise UserError(f"text_dim must be auto or above 0 (got {text_dim!r})", "connector 'qformer'")
@@ -126,9 +122,8 @@ class QFormerConnector(FolderConnector):
             **({} if text_dim is None else {"text_dim": text_dim}),
             **({"text_output": True} if text_output else {}),
             **({"positions": True, "grid": list(grid)} if positions and grid is not None else {}),
-            **({"tokens_per_query": tokens_per_query} if tokens_per_query > 1 else {}),
         )
-        self.num_queries, self.tokens_per_query = num_queries, tokens_per_query
+        self.num_queries = num_queries
         self.queries = nn.Parameter(torch.randn(num_queries, hidden_dim) * 0.02)
         self.norm_in = nn.LayerNorm(in_dim)
         self.blocks = nn.ModuleList(
@@ -144,7 +139,7 @@ class QFormerConnector(FolderConnector):
         )
         self.positions = GridPositions(in_dim, grid, "qformer") if positions else None
         self.norm_out = nn.LayerNorm(hidden_dim)
-        self.out = nn.Linear(hidden_dim, out_dim * tokens_per_query)
+        self.out = nn.Linear(hidden_dim, out_dim)
         self.text_in = nn.Linear(text_dim, hidden_dim) if text_dim is not None else None
         self.norm_text_out = nn.LayerNorm(hidden_dim) if text_output else None
 
@@ -155,7 +150,7 @@ class QFormerConnector(FolderConnector):
         return self.text_in is not None
 
     def forward(self, features: Features, text: Features | None = None) -> tuple[Tensor, Tensor]:
-        """Tower features of B inputs -> tokens [B, num_queries * tokens_per_query, out_dim] and mask.
+        """Tower features of B inputs -> tokens [B, num_queries, out_dim] and mask.
 
         Args:
             text: one row of text tokens [B, L, text_dim] for each input, with their mask; left out, or masked all over,
@@ -169,8 +164,7 @@ class QFormerConnector(FolderConnector):
             words, there = self._words(text)
             seen = torch.cat([there.new_ones(len(there), self.num_queries), there], 1)
         x, _, mask = self._run(features, words, seen)
-        tokens = self.out(self.norm_out(x)).unflatten(-1, (self.tokens_per_query, self.out_dim)).flatten(1, 2)
-        return tokens, mask.any(1, keepdim=True).expand(-1, tokens.shape[1])
+        return self.out(self.norm_out(x)), mask.any(1, keepdim=True).expand(-1, self.num_queries)
 
     def joint(
         self, features: Features, text: Features, attention: str, start: Tensor
@@ -245,7 +239,7 @@ class QFormerConnector(FolderConnector):
         return words + sinusoids(place, words.shape[-1]).to(words.dtype), text.mask.bool()
 
     def num_tokens(self, grid_or_length: Any) -> int:
-        return self.num_queries * self.tokens_per_query
+        return self.num_queries
 
     def out_grid(self, grid: tuple[int, int, int] | None) -> None:
         """None: a token belongs to no place."""

@@ -67,8 +67,7 @@ def make_objectives(config: AlignConfig, phase: PhaseConfig, model: AlignModel) 
     import mmllm.align.objectives
     import mmllm.align.qformer_stage
     import mmllm.align.region_box
-    import mmllm.align.region_side
-    import mmllm.align.region_text  # noqa: F401  (all register the core objectives)
+    import mmllm.align.region_side  # noqa: F401  (all register the core objectives)
     from mmllm.align.step import Term
     from mmllm.registry import get, make
 

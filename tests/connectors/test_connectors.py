@@ -13,8 +13,6 @@ KINDS = [
     {"type": "avg_pool", "stride": 3},
     {"type": "avg_pool", "tokens": 4},
     {"type": "qformer", "num_queries": 5, "hidden_dim": 16, "num_heads": 2, "num_layers": 3, "cross_every": 2},
-    {"type": "qformer", "num_queries": 3, "hidden_dim": 16, "num_heads": 2, "tokens_per_query": 4},
-    {"type": "perceiver", "num_latents": 3, "hidden_dim": 16, "num_heads": 2, "tokens_per_latent": 2},
 ]
 GRID = {"type": "grid_mlp", "hidden_dim": 24, "positions": True, "grid": [4, 3]}
 
@@ -49,21 +47,6 @@ def test_padding_and_neighbours_do_not_change_an_item(config):
     tokens, mask = connector(batch)
     single, single_mask = connector(alone)
     torch.testing.assert_close(tokens[0][mask[0]], single[0][single_mask[0]], atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize(("kind", "count", "each"), [
-    ("qformer", "num_queries", "tokens_per_query"), ("perceiver", "num_latents", "tokens_per_latent"),
-])  # fmt: skip
-def test_the_tokens_of_a_query_stand_side_by_side_and_come_from_it_alone(kind, count, each):
-    connector = make({"type": kind, "hidden_dim": 16, "num_heads": 2, count: 3, each: 2})
-    batch = features([5, 7])
-    heard: list[torch.Tensor] = []
-    connector.norm_out.register_forward_hook(lambda m, i, out: heard.append(out))
-    tokens, _ = connector(batch)
-    for k in range(2):
-        rows = slice(8 * k, 8 * k + 8)
-        part = torch.nn.functional.linear(heard[0], connector.out.weight[rows], connector.out.bias[rows])
-        torch.testing.assert_close(tokens[:, k::2], part)
 
 
 def test_grid_connector_counts_drops_class_tokens_and_starts_as_an_mlp():
