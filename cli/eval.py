@@ -40,7 +40,7 @@ ALL = "pope,caption,side,box,interleaved,hear,retrieval"
 @click.option("--always-yes", is_flag=True, help="Benchmarks: a control that answers every yes/no question with yes.")
 @click.option("--suite", type=click.Choice(["starter"]), help="Six benchmarks made here, in one go; needs --model.")
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--nproc", type=click.IntRange(1), default=1, show_default=True, help="Processes that share the questions.")
+@click.option("--nproc", type=click.IntRange(1), default=1, show_default=True, help="Processes that share the work.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for results.json and predictions.jsonl.")
 def command(
     model: Path | None,
