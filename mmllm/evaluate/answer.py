@@ -118,7 +118,7 @@ def answer_in_processes(model: str | Path, asked: Sequence[Asked], decode: str, 
     Raises:
         UserError: what a process says, or that one was killed.
     """
-    from mmllm.train.launch import available_cores
+    from mmllm.openmp import available_cores
 
     dealt = shares(asked, nproc)
     threads = max(1, available_cores() // max(1, len(dealt)))

@@ -115,7 +115,7 @@ def environment(on_cpu: bool) -> dict[str, str]:
     }.items():
         env.setdefault(key, value)
     if on_cpu:
-        from mmllm.train.launch import available_cores
+        from mmllm.openmp import available_cores
 
         cores = available_cores()
         env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import socket
@@ -11,10 +10,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import IO
 
-from mmllm.openmp import short_waits
+from mmllm.openmp import available_cores, short_waits
 
 
 def world_size() -> int:
@@ -30,18 +28,6 @@ def rank() -> int:
 def is_main() -> bool:
     """True in the one process that prints and writes."""
     return rank() == 0
-
-
-def available_cores() -> int:
-    """Cores this process may use: its affinity, cut by the container's CPU quota where there is one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()[:2]
-        if quota != "max":
-            cores = min(cores, max(1, math.floor(int(quota) / int(period))))
-    except (OSError, ValueError):
-        pass
-    return cores
 
 
 def local_processes() -> int:

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from toy_stage import train
 
-from mmllm.train.launch import available_cores, launch, set_threads
+from mmllm.openmp import available_cores
+from mmllm.train.launch import launch, set_threads
 
 PLAIN = {"noisy": False, "max_steps": 6, "max_grad_norm": 0.5, "save_steps": 3}
 

@@ -104,7 +104,7 @@ def run_effects(
         UserError: a mistake in a config, before anything runs; or, after all others are through, runs that failed
             (named with their log).
     """
-    from mmllm.train.launch import available_cores
+    from mmllm.openmp import available_cores
 
     results, work = [], []
     for slug in slugs:
