@@ -91,7 +91,8 @@ def make_llava(folder: Path, size: Size) -> None:
 
 def starter_records(data: str, count: int | None) -> list[dict[str, Any]]:
     """So many of the starter's conversations about pictures, evenly from its training set; None: all."""
-    found = [r for r in read_records(resolve_dataset(data) / "tune/train.jsonl")
+    files = [resolve_dataset(data) / f"tune/{name}.jsonl" for name in ("scenes", "interleaved")]
+    found = [r for file in files for r in read_records(file)
              if all(kind == "image" for kind, _ in record_media(r))]  # fmt: skip
     return found if count is None else found[:: len(found) // count][:count]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -62,6 +62,25 @@ def feature_dtype(choice: str, device: torch.device) -> torch.dtype:
     if device.type == "cpu":
         return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+@contextmanager
+def single_threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """So many threads, in each of which torch computes alone.
+
+    Small pictures keep one core busy each; two cores that share every layer of one batch wait for each other.
+    """
+    shared = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(shared)  # threads that start later take over what was set last
+
+
+def joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Rows of several parts as one."""
+    return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
 
 class FrozenFeatures:
@@ -159,8 +178,8 @@ class FrozenFeatures:
                 blank = Image.new("RGB", (side, side))
                 return blank if tower.modality == "vision" else [blank], False
 
-        def compute(rows: list[int]) -> dict[str, Tensor]:
-            items, readable = zip(*pool.map(one_or_blank, rows))
+        def features_of(rows: list[int], mapped: Callable[..., Any]) -> dict[str, Tensor]:
+            items, readable = zip(*mapped(one_or_blank, rows))
             items = list(items)
             if tower.modality == "vision":
                 inputs = image_inputs(processor, items)
@@ -179,17 +198,29 @@ class FrozenFeatures:
                     features = runner(**{k: v[at : at + size].to(self.device) for k, v in inputs.items()})
                     part = {f: getattr(features, f).to(self.dtype) for f in fields}
                     parts.append({**part, "mask": features.mask} if "tokens" in fields else part)
-            out = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
-            if "mask" in out and tower.modality == "vision" and bool(out["mask"].all()):
-                del out["mask"]
+            out = joined(parts)
             out["readable"] = torch.tensor(readable)
             return out
 
+        def compute(rows: list[int]) -> dict[str, Tensor]:
+            if alone is None:
+                out = features_of(rows, pool.map)
+            else:
+                pieces = [rows[at : at + size] for at in range(0, len(rows), size)]
+                out = joined(list(alone.map(lambda piece: features_of(piece, map), pieces)))
+            if "mask" in out and tower.modality == "vision" and bool(out["mask"].all()):
+                del out["mask"]
+            return out
+
         size = self.batch_size or self._forward_size(tower, side)
-        with ThreadPoolExecutor(self.workers) as pool, TemporaryDirectory() as passing:  # decoding releases the GIL
+        threads = torch.get_num_threads() if tower.modality == "vision" and self.device.type == "cpu" else 1
+        with ExitStack() as stack:
+            pool = stack.enter_context(ThreadPoolExecutor(self.workers))  # decoding releases the GIL
+            alone = stack.enter_context(single_threads(threads)) if threads > 1 else None
+            passing = stack.enter_context(TemporaryDirectory())
             trains = any(tower is t for t in self._changing)
             cache = FeatureCache(passing) if trains else self.cache
-            cache.chunk = max(size, CHUNK // size * size)
+            cache.chunk = size * max(threads, CHUNK // size)
             found = cache.get_or_compute(key, n, compute, copies + 1, name, progress)
             found = {k: v.clone() for k, v in found.items()} if trains else found
         found = found if copies else {k: v[None] for k, v in found.items()}
@@ -210,7 +241,7 @@ class FrozenFeatures:
             return pooled_texts(tower, texts)
         said = hashlib.sha256("\0".join(texts).encode()).hexdigest()
         key = {"version": 1, "tower": self._fingerprint(tower), "texts": said}
-        self.cache.chunk = 256
+        self.cache.chunk = 1024
         found = self.cache.get_or_compute(
             key, len(texts), lambda rows: {"pooled": pooled_texts(tower, [texts[i] for i in rows])}, name=name
         )

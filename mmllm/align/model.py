@@ -212,14 +212,15 @@ class AlignModel(nn.Module):
 
 
 @torch.inference_mode()
-def pooled_texts(tower: Tower, texts: Sequence[str], batch_size: int = 256) -> Tensor:
+def pooled_texts(tower: Tower, texts: Sequence[str], batch_size: int = 64) -> Tensor:
     """A text tower's pooled features [N, D] in float32, in main memory, wherever the tower is."""
     device = next(tower.parameters()).device
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # batches of equal length have little padding
     rows = []
     for i in range(0, len(texts), batch_size):
-        inputs = tower.encode(list(texts[i : i + batch_size]))  # type: ignore[attr-defined]
+        inputs = tower.encode([texts[k] for k in order[i : i + batch_size]])  # type: ignore[attr-defined]
         rows.append(tower(**{k: v.to(device) for k, v in inputs.items()}).pooled.float().cpu())
-    return torch.cat(rows).clone()
+    return torch.cat(rows)[torch.tensor(order).argsort()]
 
 
 def media_inputs(modality: str, processor: Any, items: Sequence[Any]) -> dict[str, Any]:

@@ -185,9 +185,9 @@ def write_records(
     hear_train = [c for c in clips["train"] if c[0] in set(hear_names)]
     hear_test = [c for c in clips["heldout_voices"] if c[0] in set(hear_names)]
     seed = recipe.seed
-    tune = sets.scene_conversations(scenes["train"], labels, related, seed)
-    tune += sets.interleaved_conversations(scenes["train"], size.interleaved_train, labels, seed, "interleaved", False)
-    tune += sets.hearing_conversations(hear_train, hear_names, seed)
+    several = sets.interleaved_conversations(
+        scenes["train"], size.interleaved_train, labels, seed, "interleaved", False
+    )
     pretrain = [*sets.caption_conversations(scenes["train"]), *sets.naming_conversations(hear_train)]
     files = {f"align/image_{k}": v for k, v in sets.align_pictures(tiles, groups, splits, vendors.held_out).items()}
     files |= {f"align/speech_{k}": sets.speech_records(v, split_of_name, f"speech_{k}") for k, v in clips.items()}
@@ -196,7 +196,9 @@ def write_records(
         "align/regions_val": sets.region_records(scenes["val"], "regions_val", seen),
         "align/regions_new_vendor": sets.region_records(scenes["val_new_vendor"], "regions_new_vendor", new),
         "pretrain/train": sets.shuffled(pretrain, seed),
-        "tune/train": sets.shuffled(tune, seed),
+        "tune/scenes": sets.shuffled(sets.scene_conversations(scenes["train"], labels, related, seed), seed),
+        "tune/interleaved": sets.shuffled(several, seed),
+        "tune/sounds": sets.shuffled(sets.hearing_conversations(hear_train, hear_names, seed), seed),
         "eval/scenes_seen": sets.region_records(scenes["eval_seen"], "scenes_seen", seen),
         "eval/scenes_new_vendor": sets.region_records(scenes["eval_new_vendor"], "scenes_new_vendor", new),
         "eval/interleaved_seen": sets.interleaved_conversations(

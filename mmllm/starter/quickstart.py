@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from mmllm.config import StrictModel, load_config
 from mmllm.errors import UserError
+from mmllm.openmp import available_cores
 from mmllm.starter.summary import COMPARED, summarise
 
 Size = Literal["full", "fast"]
@@ -81,6 +82,7 @@ class State:
 def plan_steps(plan: SizePlan, out: Path, size: Size, seed: int, offline: bool, serve: bool) -> list[Step]:
     """The commands of the road, in order."""
     data = f"starter:{plan.data}"
+    processes = ["--nproc", str(min(2, available_cores()))]  # two copies of the model are what 6 GB hold
     off = ["--offline"] if offline else []
     model = str(out / "tune")
     common = [f"dataset={data}", f"train.seed={seed}"]
@@ -99,11 +101,11 @@ def plan_steps(plan: SizePlan, out: Path, size: Size, seed: int, offline: bool, 
                       "--out", model], out / "tune.done", resumable=out / "tune",
              say="tune connectors and LoRA on questions about pictures and sounds"),
         Step("eval", ["eval", "--model", model, "--data", data, "--seed", str(seed),
-                      "--out", str(out / "eval"), *plan.eval], out / "eval.done",
+                      "--out", str(out / "eval"), *processes, *plan.eval], out / "eval.done",
              say="measure it on new scenes, next to chance and to shuffled media"),
     ]
     pope = ["eval", "--model", model, "--data", data, "--tasks", "pope", "--limit", str(plan.compare_limit)]
-    pope += ["--no-shuffled", "--seed", str(seed)]
+    pope += ["--no-shuffled", "--seed", str(seed), *processes]
     for spec in ("greedy", *COMPARED):
         argv = [*pope, "--decode", spec, "--out", str(out / f"eval_{spec}")]
         steps.append(Step(f"eval-{spec}", argv, out / f"eval-{spec}.done", say=f"the same questions, by {spec}"))

@@ -67,8 +67,9 @@ class InvertedResidual(nn.Module):
         self._project_conv, self._bn2 = nn.Conv2d(middle, width_out, 1, bias=False), _norm(width_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
-        h = F.relu6(self._bn1(self._depthwise_conv(h)))
+        # In place: nobody else reads the convolutions' outputs, and memory is what this network waits for on a CPU.
+        h = F.relu6(self._bn0(self._expand_conv(x)), inplace=True) if self.expands else x
+        h = F.relu6(self._bn1(self._depthwise_conv(h)), inplace=True)
         h = self._bn2(self._project_conv(h))
         return h + x if self.skips else h
 
@@ -114,13 +115,13 @@ class EfficientNetLite0Tower(Tower):
         x = pixel_values.to(self._conv_stem.weight.dtype)
         if x.device.type == "cpu":
             x = x.contiguous(memory_format=torch.channels_last)  # 1.6 times faster on CPUs
-        x = F.relu6(self._bn0(self._conv_stem(x)))
+        x = F.relu6(self._bn0(self._conv_stem(x)), inplace=True)
         states = [x]
         for block in self._blocks:
             x = block(x)
             if layers:
                 states.append(x)
-        x = F.relu6(self._bn1(self._conv_head(x)))
+        x = F.relu6(self._bn1(self._conv_head(x)), inplace=True)
         tokens = x.flatten(2).transpose(1, 2)
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         taps = tapped([s.flatten(2).transpose(1, 2) for s in states], layers) if layers else None

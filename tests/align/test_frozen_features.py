@@ -38,6 +38,34 @@ def test_cached_features_are_the_towers(name, tmp_path):
     assert torch.equal(again["pooled"], found["pooled"])
 
 
+@pytest.mark.parametrize("name", ["siglip2", "clip"])
+def test_threads_that_compute_alone_find_the_same(name, tmp_path):
+    FAMILIES[name].write(tmp_path / "model")
+    tower = load_tower(str(tmp_path / "model"), "vision")
+    records = []
+    for i, picture in enumerate(items("vision") * 3):
+        picture.rotate(10 * i).save(tmp_path / f"{i}.png")
+        records.append({"id": str(i), "image": str(tmp_path / f"{i}.png")})
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            frozen = FrozenFeatures(FeatureCache(tmp_path / str(threads)), torch.float32, torch.device("cpu"), 2)
+            found.append(frozen(tower, records, ["pooled"])["pooled"])
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert found[0].shape == (1, len(records), tower.hidden_size)
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
+
+
+def test_texts_of_mixed_length_keep_their_order(world):
+    tower = load_tower(str(world / "text"), "text")
+    texts = [f"a {'very ' * (i % 5)}red thing {i}" for i in range(9)]
+    together = pooled_texts(tower, texts, batch_size=4)
+    torch.testing.assert_close(together, torch.cat([pooled_texts(tower, [t]) for t in texts]), atol=1e-5, rtol=1e-5)
+
+
 def test_pictures_of_another_size_through_any_tower(tmp_path):
     FAMILIES["clip"].write(tmp_path / "model")
     tower = load_tower(str(tmp_path / "model"), "vision")

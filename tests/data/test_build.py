@@ -71,7 +71,7 @@ def test_every_record_is_sound(built: tuple[Path, dict]) -> None:
     assert made["vendors"] == {"train": ["twemoji", "stamps"], "held_out": ["openmoji"]}  # no npm: loud fallback
     counts = made["counts"]
     assert counts["align/regions_train.jsonl"] == counts["pretrain/train.jsonl"] - 16 == 120
-    assert counts["tune/train.jsonl"] == 120 + 6 + 16
+    assert [counts[f"tune/{k}.jsonl"] for k in ("scenes", "interleaved", "sounds")] == [120, 6, 16]
     for name, n in counts.items():
         records, problems = check_file(folder / name) if n else (0, [])
         assert problems == []
@@ -110,7 +110,7 @@ def test_interleaved_answers_are_true(built: tuple[Path, dict]) -> None:
 
 
 def test_lessons_about_several_pictures_ask_the_same_of_two_of_them(built: tuple[Path, dict]) -> None:
-    records = [r for r in read_records(built[0] / "tune/train.jsonl") if r["id"].startswith("interleaved/")]
+    records = read_records(built[0] / "tune/interleaved.jsonl")
     assert len(records) == 6
     for r in records:
         answers: dict[str, set[str]] = {}
@@ -159,7 +159,8 @@ def test_fast_starter_set_is_whole() -> None:
     assert resolve_dataset("starter:fast") == folder
     about = read_json(folder / "dataset.json")
     assert about["counts"]["align/regions_train.jsonl"] == 400
-    for name in ("align/image_train", "align/speech_real", "tune/train", "eval/interleaved_seen", "eval/hear"):
+    learned = ("align/image_train", "align/speech_real", "tune/scenes", "tune/interleaved", "tune/sounds")
+    for name in (*learned, "eval/interleaved_seen", "eval/hear"):
         assert check_file(folder / f"{name}.jsonl")[1] == []
     before = (folder / "dataset.json").stat().st_mtime_ns
     assert b.build_dataset("starter.yaml", "fast", offline=True) == folder
@@ -170,7 +171,8 @@ def test_preview_is_one_page_without_links(built: tuple[Path, dict], tmp_path: P
     from mmllm.cli.data import command
 
     page = tmp_path / "p.html"
-    done = CliRunner().invoke(command, ["preview", str(built[0] / "tune/train.jsonl"), "--out", str(page), "-n", "30"])
+    records = built[0] / "pretrain/train.jsonl"
+    done = CliRunner().invoke(command, ["preview", str(records), "--out", str(page), "-n", "30"])
     assert done.exit_code == 0, done.output
     text = page.read_text()
     assert text.count('class="card"') == 30
