@@ -24,10 +24,10 @@ from transformers import (
 )
 
 from mmllm.config import parse_config
-from mmllm.data.chat_batches import record_media
 from mmllm.data.conversations import IGNORE, Encoded, encode_conversation, join_messages
 from mmllm.data.models import resolve_dataset, resolve_model
 from mmllm.data.records import read_records
+from mmllm.data.starter_sets import shuffled
 from mmllm.train.chat_data import ChatData
 from mmllm.train.chat_media import ChatMedia
 from mmllm.train.run import RunFolder
@@ -92,8 +92,8 @@ def make_llava(folder: Path, size: Size) -> None:
 def starter_records(data: str, count: int | None) -> list[dict[str, Any]]:
     """So many of the starter's conversations about pictures, evenly from its training set; None: all."""
     files = [resolve_dataset(data) / f"tune/{name}.jsonl" for name in ("scenes", "interleaved")]
-    found = [r for file in files for r in read_records(file)
-             if all(kind == "image" for kind, _ in record_media(r))]  # fmt: skip
+    # Mixed: long rows that stand together would need less padding than they do in training.
+    found = shuffled([r for file in files for r in read_records(file)], 0)
     return found if count is None else found[:: len(found) // count][:count]
 
 
