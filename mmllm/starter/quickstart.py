@@ -82,7 +82,7 @@ class State:
 def plan_steps(plan: SizePlan, out: Path, size: Size, seed: int, offline: bool, serve: bool) -> list[Step]:
     """The commands of the road, in order."""
     data = f"starter:{plan.data}"
-    processes = ["--nproc", str(min(2, available_cores()))]  # two copies of the model are what 6 GB hold
+    processes = ["--nproc", str(min(2, available_cores()))]  # two copies take 2.1 GB together, less than tune does
     off = ["--offline"] if offline else []
     model = str(out / "tune")
     common = [f"dataset={data}", f"train.seed={seed}"]
