@@ -25,9 +25,11 @@ ALL = "pope,caption,side,box,interleaved,hear,retrieval"
 @click.option("--list", "listing", is_flag=True, help="Name the benchmarks, their styles and the files they need.")
 @click.option(
     "--decode",
-    default="greedy",
+    "decodes",
+    multiple=True,
+    default=("greedy",),
     show_default=True,
-    help="Any method as NAME:KEY=VALUE,... or @FILE; see mmllm decode list.",
+    help="Any method as NAME:KEY=VALUE,... or @FILE; see mmllm decode list. Given several times, each has its folder.",
 )
 @click.option("--limit", type=click.IntRange(1), help="Most scenes, sounds or pictures per task and split.")
 @click.option(
@@ -49,7 +51,7 @@ def command(
     tasks: str | None,
     style: str | None,
     listing: bool,
-    decode: str,
+    decodes: tuple[str, ...],
     limit: int | None,
     shuffled: bool | None,
     margins: bool,
@@ -73,10 +75,16 @@ def command(
 
     asked = {"shuffled": not blind if shuffled is None else shuffled, "blind": blind, "always_yes": always_yes}
     control = [name for name, on in asked.items() if on]
-    alone = UserError("benchmarks are asked by one process", "--nproc", "leave it out")
-    if suite is not None:
+    decode = decodes[0]
+
+    def one_by_one() -> None:
         if nproc > 1:
-            raise alone
+            raise UserError("benchmarks are asked by one process", "--nproc", "leave it out")
+        if len(decodes) > 1:
+            raise UserError("benchmarks are decoded by one method", "--decode", "give it once")
+
+    if suite is not None:
+        one_by_one()
         from mmllm.evaluate.suite import run_suite
 
         given = {"--align": align, "--tasks": tasks, "--style": style}
@@ -93,8 +101,7 @@ def command(
     if tasks is not None and are_benchmarks(wanted, data, style):
         from mmllm.evaluate.benchmarks.runner import run_benchmarks
 
-        if nproc > 1:
-            raise alone
+        one_by_one()
         if (model is None) == (align is None):
             what = "nothing to measure" if model is None else "a model and an align run at once"
             raise UserError(what, do="give --model RUN for questions, or --align RUN for retrieval")
@@ -106,7 +113,7 @@ def command(
         figures = run_benchmarks(model, data, wanted, style, decode, limit, out, control, seed, margins, command=line)
         print_figures(figures, f"{model} on {data} in style {style or 'default'}, decoded {decode}")
         return
-    from mmllm.evaluate.run import run_eval
+    from mmllm.evaluate.run import run_evals
 
     if model is None and align is None:
         raise UserError("nothing to measure", do="give --model RUN, --align RUN or both")
@@ -115,7 +122,8 @@ def command(
         raise UserError("this is for benchmarks", option, "leave it out, or name benchmarks: mmllm eval --list")
     if tasks is None:
         wanted = [t for t in wanted if (align if t == "retrieval" else model) is not None]
-    figures = run_eval(
-        model, data, wanted, decode, limit, out, asked["shuffled"], align, seed, command=line, blind=blind, nproc=nproc
+    found = run_evals(
+        model, data, wanted, decodes, limit, out, asked["shuffled"], align, seed, command=line, blind=blind, nproc=nproc
     )
-    print_figures(figures, f"{model or align} on {data}, decoded {decode}")
+    for spec, figures in found.items():
+        print_figures(figures, f"{model or align} on {data}, decoded {spec}")

@@ -29,6 +29,7 @@ class Asked:
         choices: answers to choose from by probability; None asks for free text.
         max_new_tokens: of free text.
         seed: of decoding methods that draw.
+        decode: the decoding method.
     """
 
     messages: list[dict[str, Any]]
@@ -37,14 +38,13 @@ class Asked:
     choices: list[str] | None = None
     max_new_tokens: int = 32
     seed: int = 0
+    decode: str = "greedy"
 
 
 Answer = tuple[str, list[float] | None]
 
 
-def answer(
-    decoder: Any, asked: Sequence[Asked], decode: str, said: Callable[[int, int], None] | None = None
-) -> list[Answer]:
+def answer(decoder: Any, asked: Sequence[Asked], said: Callable[[int, int], None] | None = None) -> list[Answer]:
     """The answers, in the order of the questions: text, and the log-probabilities of the choices where there are any.
 
     Questions on the same media stand side by side, so that the decoder computes their common prefix once; free answers
@@ -56,12 +56,15 @@ def answer(
     from mmllm.decode import Request
 
     out: list[Answer | None] = [None] * len(asked)
-    scored = sorted((i for i, a in enumerate(asked) if a.choices), key=lambda i: (asked[i].kind, asked[i].media))
+    scored = sorted(
+        (i for i, a in enumerate(asked) if a.choices), key=lambda i: (asked[i].decode, asked[i].kind, asked[i].media)
+    )
     free = [i for i, a in enumerate(asked) if not a.choices]
-    free.sort(key=lambda i: (asked[i].max_new_tokens, asked[i].media))
+    free.sort(key=lambda i: (asked[i].decode, asked[i].max_new_tokens, asked[i].media))
 
     def request(i: int) -> Any:
-        return Request(asked[i].messages, decode, max_new_tokens=asked[i].max_new_tokens, seed=asked[i].seed)
+        a = asked[i]
+        return Request(a.messages, a.decode, max_new_tokens=a.max_new_tokens, seed=a.seed)
 
     done = 0
     for portion in media_portions(scored, SCORE_PORTION, lambda i: asked[i].media):
@@ -99,7 +102,7 @@ def media_portions(items: Sequence[Any], size: int, media: Callable[[Any], list[
 
 def shares(asked: Sequence[Asked], nproc: int) -> list[list[int]]:
     """The numbers of the questions for each process: all on the same media in one, about as many in each."""
-    order = sorted(range(len(asked)), key=lambda i: (asked[i].kind, asked[i].media, i))
+    order = sorted(range(len(asked)), key=lambda i: (asked[i].decode, asked[i].kind, asked[i].media, i))
     out: list[list[int]] = [[] for _ in range(nproc)]
     # Scored and free ones are dealt out apart, and by turns, so that no process has all the long answers.
     for free in (False, True):
@@ -109,7 +112,7 @@ def shares(asked: Sequence[Asked], nproc: int) -> list[list[int]]:
     return [share for share in out if share]
 
 
-def answer_in_processes(model: str | Path, asked: Sequence[Asked], decode: str, nproc: int) -> list[Answer]:
+def answer_in_processes(model: str | Path, asked: Sequence[Asked], nproc: int) -> list[Answer]:
     """The same as ``answer``, by ``nproc`` processes with a copy of the model each.
 
     Where there are several GPUs each process has one. Answers are those of one process up to the rounding of other
@@ -126,7 +129,7 @@ def answer_in_processes(model: str | Path, asked: Sequence[Asked], decode: str, 
     # Spawned, not forked: a fork of a process whose OpenMP threads have run can hang.
     with ProcessPoolExecutor(len(dealt), mp_context=multiprocessing.get_context("spawn")) as pool:
         todo = [
-            pool.submit(_share, str(model), [asked[i] for i in share], decode, rank, threads)
+            pool.submit(_share, str(model), [asked[i] for i in share], rank, threads)
             for rank, share in enumerate(dealt)
         ]
         try:
@@ -142,7 +145,7 @@ def answer_in_processes(model: str | Path, asked: Sequence[Asked], decode: str, 
 
 
 def _share(
-    model: str, asked: list[Asked], decode: str, rank: int, threads: int
+    model: str, asked: list[Asked], rank: int, threads: int
 ) -> list[Answer] | tuple[str, object, str | None]:
     """One process's share; a user's mistake comes back as its parts, since exceptions travel badly."""
     import torch
@@ -150,7 +153,7 @@ def _share(
     torch.set_num_threads(threads)
     try:
         device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-        return answer(load_decoder(model, device), asked, decode, Progress(len(asked)).at if rank == 0 else None)
+        return answer(load_decoder(model, device), asked, Progress(len(asked)).at if rank == 0 else None)
     except UserError as e:
         return e.what, None if e.where is None else str(e.where), e.do
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 import zlib
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ class Job:
     task: EvalTask
     sample: Sample
     calibration: bool = False
+    decode: str = "greedy"
     row: Row | None = None
 
 
@@ -41,7 +43,12 @@ def task_names() -> list[str]:
 
 
 def make_jobs(
-    tasks: Sequence[EvalTask], shuffled: bool, control_clusters: int | None, seed: int, blind: bool = False
+    tasks: Sequence[EvalTask],
+    shuffled: bool,
+    control_clusters: int | None,
+    seed: int,
+    blind: bool = False,
+    decode: str = "greedy",
 ) -> list[Job]:
     """Every sample of every task; shuffled ones for the first clusters; calibration samples once per kind of task."""
     jobs: list[Job] = []
@@ -56,24 +63,36 @@ def make_jobs(
         if type(task) not in calibrated:
             calibrated.add(type(task))
             jobs += [Job(task, s, calibration=True) for s in task.calibration_samples()]
+    for job in jobs:
+        job.decode = decode
     return jobs
 
 
 def answer_jobs(
-    jobs: Sequence[Job], decode: str, seed: int, decoder: Any = None, model: str | Path | None = None, nproc: int = 1
+    jobs: Sequence[Job], seed: int, decoder: Any = None, model: str | Path | None = None, nproc: int = 1
 ) -> None:
-    """Fills ``job.row`` of every job, by the decoder or, in ``nproc`` processes, by copies of the model."""
-    asked = []
+    """Fills ``job.row`` of every job, by the decoder or, in ``nproc`` processes, by copies of the model.
+
+    What two jobs ask alike (a caption of picture j is also the control of the picture that j stands in for) is asked
+    once.
+    """
+    asked: dict[str, Asked] = {}
+    keys = []
     for job in jobs:
         # One seed per media: all questions on a picture then share the views that noise makes of it.
         salt = zlib.crc32("|".join(job.sample.media).encode()) ^ seed
         s, task = job.sample, job.task
-        asked.append(Asked(task.prompt(s), s.media, s.kind, s.choices, task.max_new_tokens, salt))
+        one = Asked(task.prompt(s), s.media, s.kind, s.choices, task.max_new_tokens, salt, job.decode)
+        keys.append(repr(one))
+        asked.setdefault(keys[-1], one)
+    questions = list(asked.values())
     if nproc > 1 and model is not None:
-        answers = answer_in_processes(model, asked, decode, nproc)
+        answers = answer_in_processes(model, questions, nproc)
     else:
-        answers = answer(decoder, asked, decode, Progress(len(asked)).at)
-    for job, (text, scores) in zip(jobs, answers, strict=True):
+        answers = answer(decoder, questions, Progress(len(questions)).at)
+    found = dict(zip(asked, answers, strict=True))
+    for job, key in zip(jobs, keys, strict=True):
+        text, scores = found[key]
         job.row = Row(job.sample, text, scores)
         job.task.judge(job.row)
 
@@ -172,6 +191,19 @@ def run_eval(
     decode: str = "greedy",
     limit: int | None = None,
     out: str | Path | None = None,
+    **options: Any,
+) -> list[Figure]:
+    """Evaluates a model by one decoding method; ``out`` itself gets the files. ``options`` as in :func:`run_evals`."""
+    return next(iter(run_evals(model_path, dataset, tasks, [decode], limit, out, **options).values()))
+
+
+def run_evals(
+    model_path: str | Path | None,
+    dataset: str | Path,
+    tasks: Sequence[str],
+    decodes: Sequence[str] = ("greedy",),
+    limit: int | None = None,
+    out: str | Path | None = None,
     shuffled: bool = True,
     align: str | Path | None = None,
     seed: int = 0,
@@ -180,14 +212,17 @@ def run_eval(
     command: str = "mmllm eval",
     blind: bool = False,
     nproc: int = 1,
-) -> list[Figure]:
-    """Evaluates a model; ``out`` gets ``results.json``, ``predictions.jsonl``, ``report.html`` and ``trace.json``.
+) -> dict[str, list[Figure]]:
+    """Evaluates a model by one or several decoding methods, which then share one loaded copy of it.
+
+    ``out`` gets ``results.json``, ``predictions.jsonl``, ``report.html`` and ``trace.json``; with several methods a
+    folder of each method's name does.
 
     Args:
         model_path: run folder or model folder of the multimodal LLM; not needed for ``retrieval`` alone.
         dataset: dataset folder, or its reference such as ``starter:full``.
         tasks: names from :func:`task_names`.
-        decode: decoding method, such as ``greedy`` or ``vcd:alpha=1``.
+        decodes: decoding methods, such as ``greedy`` or ``vcd:alpha=1``.
         limit: most scenes, sounds or pictures per split and task.
         out: folder for the output; default ``eval`` in the model's (or align run's) folder.
         shuffled: also ask about shuffled media, for the first ``control_clusters`` scenes of each task.
@@ -195,6 +230,9 @@ def run_eval(
         blind: also ask the same without media; a run's own ``margins`` are judged by it.
         nproc: processes that share the questions, with a copy of the model each.
         decoder: anything with the decoder's ``score`` and ``generate``; made from ``model_path`` when absent.
+
+    Returns:
+        the method as it was understood -> its figures.
 
     Raises:
         UserError: unknown task or decoding method, missing data, no model, or a task that this dataset cannot serve.
@@ -204,9 +242,60 @@ def run_eval(
 
     start = time.monotonic()
     chosen = check_tasks(tasks)
-    spec = str(parse_spec(decode))
+    specs = list(dict.fromkeys(str(parse_spec(d)) for d in decodes))
     data = EvalData(resolve_dataset(str(dataset)), limit, seed)
-    asked: list[EvalTask] = []
+    asked = {spec: make_tasks(data, chosen) for spec in specs}  # a task keeps its threshold, so each has its own
+    on_model = any(asked.values())
+    if "retrieval" in chosen and align is None:
+        raise UserError("task 'retrieval' needs an align run", "--align", "give --align RUN or leave the task out")
+    if decoder is not None:
+        nproc = 1
+    elif on_model and nproc == 1:
+        decoder = load_decoder(model_path)
+    elif on_model and model_path is None:
+        raise UserError("these tasks need a model", "--model", "give --model RUN")
+    home = model_path or align
+    if out is None and home is None:
+        raise UserError("nowhere to write to", "--out", "give a folder")
+    top = Path(out) if out is not None else Path(str(home)) / "eval"
+    folders = {spec: top / folder_of(spec) if len(specs) > 1 else top for spec in specs}
+    if len(set(folders.values())) < len(specs):
+        raise UserError("two methods would write into one folder", "--decode", "evaluate them one by one")
+
+    jobs = {spec: make_jobs(asked[spec], shuffled, control_clusters, seed, blind, spec) for spec in specs}
+    answer_jobs([j for some in jobs.values() for j in some], seed, decoder, model_path, nproc)
+    found: dict[str, list[Figure]] = {}
+    for spec, folder in folders.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        figures = found[spec] = finish(asked[spec], jobs[spec])
+        judge_margins(figures, model_path)
+        if jobs[spec]:
+            write_predictions(folder / "predictions.jsonl", jobs[spec])
+            if spec != "greedy":
+                decoder = decoder or load_decoder(model_path)
+                write_trace(folder / "trace.json", decoder, jobs[spec][0], spec, seed)
+        if "retrieval" in chosen:
+            from mmllm.evaluate.alignment import alignment_figures
+
+            figures += alignment_figures(align, data)  # type: ignore[arg-type]
+        extra = {
+            "missing": data.manifest.get("missing", []), "model": None if model_path is None else str(model_path),
+            "align": None if align is None else str(align), "data": str(dataset), "decode": spec, "limit": limit,
+            "seconds": round(time.monotonic() - start, 1),
+        }  # fmt: skip
+        write_figures(folder / "results.json", command, seed, None, data.manifest.get("sources", []), figures, **extra)
+        if jobs[spec]:
+            write_eval_report(folder)
+    return found
+
+
+def make_tasks(data: EvalData, chosen: Sequence[str]) -> list[EvalTask]:
+    """The chosen tasks that ask a model, one for each split of the dataset.
+
+    Raises:
+        UserError: the dataset has nothing for a task.
+    """
+    made: list[EvalTask] = []
     for name in chosen:
         if name == "retrieval":
             continue
@@ -216,40 +305,10 @@ def run_eval(
             raise UserError(
                 f"the dataset has nothing for task '{name}'", data.root, "build it again or leave the task out"
             )
-        asked += [task(data, split) for split in splits]
-    if "retrieval" in chosen and align is None:
-        raise UserError("task 'retrieval' needs an align run", "--align", "give --align RUN or leave the task out")
-    if decoder is not None:
-        nproc = 1
-    elif asked and nproc == 1:
-        decoder = load_decoder(model_path)
-    elif asked and model_path is None:
-        raise UserError("these tasks need a model", "--model", "give --model RUN")
-    home = model_path or align
-    if out is None and home is None:
-        raise UserError("nowhere to write to", "--out", "give a folder")
-    folder = Path(out) if out is not None else Path(str(home)) / "eval"
-    folder.mkdir(parents=True, exist_ok=True)
+        made += [task(data, split) for split in splits]
+    return made
 
-    jobs = make_jobs(asked, shuffled, control_clusters, seed, blind)
-    figures: list[Figure] = []
-    if jobs:
-        answer_jobs(jobs, spec, seed, decoder, model_path, nproc)
-        figures += finish(asked, jobs)
-        judge_margins(figures, model_path)
-        write_predictions(folder / "predictions.jsonl", jobs)
-        if spec != "greedy":
-            write_trace(folder / "trace.json", decoder or load_decoder(model_path), jobs[0], spec, seed)
-    if "retrieval" in chosen:
-        from mmllm.evaluate.alignment import alignment_figures
 
-        figures += alignment_figures(align, data)  # type: ignore[arg-type]
-    extra = {
-        "missing": data.manifest.get("missing", []), "model": None if model_path is None else str(model_path),
-        "align": None if align is None else str(align), "data": str(dataset), "decode": spec, "limit": limit,
-        "seconds": round(time.monotonic() - start, 1),
-    }  # fmt: skip
-    write_figures(folder / "results.json", command, seed, None, data.manifest.get("sources", []), figures, **extra)
-    if jobs:
-        write_eval_report(folder)
-    return figures
+def folder_of(spec: str) -> str:
+    """A folder name for a decoding method: "vcd:alpha=0.5" -> "vcd_alpha=0.5"."""
+    return re.sub(r"[^\w.=+-]+", "_", spec)

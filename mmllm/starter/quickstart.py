@@ -104,11 +104,10 @@ def plan_steps(plan: SizePlan, out: Path, size: Size, seed: int, offline: bool, 
                       "--out", str(out / "eval"), *processes, *plan.eval], out / "eval.done",
              say="measure it on new scenes, next to chance and to shuffled media"),
     ]
+    methods = [x for spec in ("greedy", *COMPARED) for x in ("--decode", spec)]
     pope = ["eval", "--model", model, "--data", data, "--tasks", "pope", "--limit", str(plan.compare_limit)]
-    pope += ["--no-shuffled", "--seed", str(seed), *processes]
-    for spec in ("greedy", *COMPARED):
-        argv = [*pope, "--decode", spec, "--out", str(out / f"eval_{spec}")]
-        steps.append(Step(f"eval-{spec}", argv, out / f"eval-{spec}.done", say=f"the same questions, by {spec}"))
+    pope += ["--no-shuffled", "--seed", str(seed), *processes, *methods, "--out", str(out / "decoding")]
+    steps.append(Step("decoding", pope, out / "decoding.done", say="yes/no questions, decoded against hallucination"))
     if serve:
         steps.append(Step("serve", ["serve", model, "--check", "--out", str(out / "serve.json")], out / "serve.done",
                           timed=False, say="start real vLLM on the model and compare its answers with our own"))

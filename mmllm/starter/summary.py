@@ -28,10 +28,10 @@ def headline(figures: list[Figure]) -> list[Figure]:
 
 
 def _decoding(out: Path, base: list[Figure]) -> list[Figure]:
-    """The POPE figures under other decoding, each beside greedy on the same questions of ``eval_greedy``."""
+    """The POPE figures under other decoding, each beside greedy on the same questions of ``decoding/greedy``."""
     rows = []
     for spec in COMPARED:
-        for f in read_figures(out / f"eval_{spec}" / "results.json"):
+        for f in read_figures(out / "decoding" / spec / "results.json"):
             if f.name.startswith(("pope_accuracy_seen", "pope_accuracy_new_vendor")):
                 same = next((b.value for b in base if b.name == f.name), None)
                 arms = None if same is None else {"greedy": same, spec: f.value}
@@ -48,7 +48,7 @@ def _traces(out: Path) -> list[tuple[str, str]]:
     """For each compared method, one answer token by token."""
     found = []
     for spec in COMPARED:
-        file = out / f"eval_{spec}" / "trace.json"
+        file = out / "decoding" / spec / "trace.json"
         if file.is_file():
             data = json.loads(file.read_text(encoding="utf-8"))
             picture = f'<img src="{picture_uri(data["media"][0])}" alt="">'
@@ -83,7 +83,7 @@ def summarise(out: Path, size: str, seed: int, wall_seconds: float, peak_memory_
     results = json.loads((out / "eval" / "results.json").read_text(encoding="utf-8"))
     figures = read_figures(out / "eval" / "results.json")
     figures += read_figures(out / "align" / "final" / "results.json")  # measured at the end of the align step
-    compared = _decoding(out, read_figures(out / "eval_greedy" / "results.json"))
+    compared = _decoding(out, read_figures(out / "decoding" / "greedy" / "results.json"))
     figures += compared
     figures.append(Figure("wall_seconds", wall_seconds, better="lower", unit="s",
                           note="whole quickstart without downloads and serving check"))  # fmt: skip

@@ -15,7 +15,7 @@ from mmllm.decode.requests import Result
 from mmllm.errors import UserError
 from mmllm.evaluate.answer import Asked, media_portions, shares
 from mmllm.evaluate.gallery import gallery_items
-from mmllm.evaluate.run import run_eval
+from mmllm.evaluate.run import run_eval, run_evals
 from mmllm.report.figures import read_figures
 
 NAMES = ["cat", "dog", "owl", "bell", "lamp", "kite", "boat", "tree"]
@@ -222,6 +222,23 @@ def test_questions_on_one_picture_stay_together_and_share_a_seed(dataset, tmp_pa
     assert changes + 1 == len({path for path, _ in flat}) == len(set(flat))
 
 
+def test_what_is_asked_alike_is_answered_once(dataset, tmp_path):
+    """The control of a caption is the caption of the other picture."""
+    calls = []
+
+    class Noting(Seeing):
+        def generate(self, requests):
+            calls.extend(str(r.messages[0]["content"]) for r in requests)
+            return super().generate(requests)
+
+    got = figures_of(dataset, tmp_path, Noting(dataset), tasks=["caption"])
+    assert len(calls) == len(set(calls)) and got["caption_recall_seen"].control is not None
+    rows = [json.loads(x) for x in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert len(rows) > len(calls) == len({r["media"][0] for r in rows})
+    by_picture = {r["media"][0]: r["answer"] for r in rows if not r["control"]}
+    assert all(r["answer"] == by_picture[r["media"][0]] for r in rows if r["control"])
+
+
 def test_portions_never_part_a_picture():
     items = [[f"p{i // 5}"] for i in range(40)]
     portions = media_portions(items, 7, lambda item: item)
@@ -301,6 +318,33 @@ def test_compare_tells_a_leaning_from_blindness(dataset, tmp_path):
     assert all(r["id"].split(":")[-2 if r["task"] == "pope" else -1] == r["cluster"] for r in rows)
 
 
+@pytest.mark.parametrize("nproc", ["1", pytest.param("2", marks=pytest.mark.slow)])
+def test_several_methods_answer_as_each_does_alone(dataset, tmp_path, nproc):
+    model, processor = tiny_model()
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    from mmllm.cli.eval import command
+
+    methods = {"greedy": "greedy", "vcd:alpha=0.5": "vcd_alpha=0.5"}
+    asks = ["--model", str(tmp_path / "model"), "--data", str(dataset), "--tasks", "pope,caption", "--limit", "4"]
+    both = [x for m in methods for x in ("--decode", m)]
+    out = tmp_path / "both"
+    done = CliRunner().invoke(command, [*asks, *both, "--nproc", nproc, "--out", str(out)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert sorted(p.name for p in out.iterdir()) == sorted(methods.values())
+    for method, folder in methods.items():
+        alone = tmp_path / "alone" / folder
+        done = CliRunner().invoke(command, [*asks, "--decode", method, "--out", str(alone)], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        assert json.loads((out / folder / "results.json").read_text())["decode"] == method
+        assert (out / folder / "trace.json").is_file() == (method != "greedy")
+        files = [f / "predictions.jsonl" for f in (alone, out / folder)]
+        rows = [[json.loads(x) for x in f.read_text().splitlines()] for f in files]
+        assert [r["id"] for r in rows[0]] == [r["id"] for r in rows[1]]
+        for a, b in zip(*rows, strict=True):
+            assert a.get("scores") == pytest.approx(b.get("scores"), abs=1e-4)
+
+
 def test_user_errors_of_the_command(dataset, tmp_path):
     with pytest.raises(UserError, match="did you mean 'pope'"):
         run_eval("model", dataset, ["popp"], out=tmp_path, decoder=Seeing(dataset))
@@ -313,12 +357,16 @@ def test_user_errors_of_the_command(dataset, tmp_path):
 
     result = CliRunner().invoke(command, ["--data", str(dataset)])
     assert isinstance(result.exception, UserError) and "--model" in str(result.exception)
+    twice = ["--model", "m", "--suite", "starter", "--decode", "greedy", "--decode", "vcd"]
+    assert "--decode: benchmarks are decoded by one method" in str(CliRunner().invoke(command, twice).exception)
+    many = ["vcd:alpha=1,beta=0.1", "vcd:beta=0.1,alpha=1"]  # two ways of writing one method are one
+    assert len(run_evals(None, dataset, ["pope"], many, 2, tmp_path / "m", decoder=Seeing(dataset))) == 1
 
 
 def test_a_method_leaves_its_trace_and_its_name(dataset, tmp_path):
     model, processor = tiny_model()
     decode = "vcd:step=900+ritual:transform=hflip,normalize=true"
-    run_eval(None, dataset, ["pope"], decode, 4, tmp_path, False, seed=5, decoder=Decoder(model, processor))
+    run_eval(None, dataset, ["pope"], decode, 4, tmp_path, shuffled=False, seed=5, decoder=Decoder(model, processor))
     results = json.loads((tmp_path / "results.json").read_text())
     assert (results["decode"], results["seed"]) == (decode, 5)
     trace = json.loads((tmp_path / "trace.json").read_text())

@@ -33,7 +33,8 @@ def picture_talks(source: Path, root: Path) -> Path:
     """A dataset of the medium starter's conversations about pictures."""
     for stage in ("pretrain", "tune"):
         rows = []
-        for record in read_records(source / stage / "train.jsonl"):
+        files = sorted((source / stage).glob("*.jsonl"))
+        for record in (r for file in files for r in read_records(file)):
             if any(kind != "image" for kind, _ in record_media(record)):
                 continue
             for part in (p for m in record["messages"] for p in m["content"]):
