@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mmllm.blocks.transformer import attend
 
 
 class CrossAttention(nn.Module):
@@ -39,9 +40,7 @@ class CrossAttention(nn.Module):
             bias = torch.zeros(allowed.shape, dtype=x.dtype, device=x.device)
             bias = bias.masked_fill(~allowed, torch.finfo(x.dtype).min)
             bias = bias[:, None, None] if allowed.ndim == 2 else bias[:, None]
-        y = F.scaled_dot_product_attention(
-            split(self.q(x)), split(self.k(memory)), split(self.v(memory)), attn_mask=bias
-        )
+        y = attend(split(self.q(x)), split(self.k(memory)), split(self.v(memory)), bias)
         return self.out(y.transpose(1, 2).flatten(2))
 
 

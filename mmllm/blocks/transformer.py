@@ -13,16 +13,21 @@ SHORT_ROW = 1024  # tokens
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None) -> Tensor:
-    """Scaled dot-product attention; q, k, v [B, H, N, D], allowed bool, broadcast to [B, H, N, N] -> [B, H, N, D].
+    """Scaled dot-product attention; q [B, H, N, D], k and v [B, H, M, D] -> [B, H, N, D].
+
+    ``allowed`` is bool, or a bias that is added to the scores, broadcast to [B, H, N, M].
 
     Where gradients are wanted on a CPU, short rows go through plain matrix products: the backward of torch's fused
     kernel is slower there (second row of ``benchmarks/align_step.py``).
     """
-    if q.device.type != "cpu" or q.shape[2] > SHORT_ROW or not (torch.is_grad_enabled() and q.requires_grad):
+    long = max(q.shape[2], k.shape[2]) > SHORT_ROW
+    trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    if q.device.type != "cpu" or long or not trains:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
     weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if allowed is not None:
-        weights = weights.masked_fill(~allowed, -torch.inf)
+        additive = allowed.is_floating_point()
+        weights = weights + allowed if additive else weights.masked_fill(~allowed, -torch.inf)
     return weights.softmax(-1) @ v
 
 

@@ -46,11 +46,14 @@ def test_what_is_masked_changes_nothing_and_taps_are_the_states():
         encoder(x, mask, (4,))
 
 
-@pytest.mark.parametrize("allowed", [None, "padding", "causal"])
+@pytest.mark.parametrize("allowed", [None, "padding", "causal", "bias"])
 def test_attention_with_gradients_is_torchs_own_and_so_are_its_gradients(allowed):
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    count = 7 if allowed == "bias" else 5  # a query transformer's memory has a length of its own
+    q, k, v = (torch.randn(2, 3, n, 4, dtype=torch.float64, requires_grad=True) for n in (5, count, count))
+    nowhere = torch.finfo(torch.float64).min
     masks = {
+        "bias": torch.zeros(2, 1, 1, 7, dtype=torch.float64).index_fill_(3, torch.tensor([1, 6]), nowhere),
         "padding": (torch.arange(5)[None] < torch.tensor([[5], [2]]))[:, None, None],
         "causal": torch.ones(5, 5).tril().bool(),
     }
