@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mmllm.config import find_config
-from mmllm.data import speech, stamps
+from mmllm.data import pico, speech, stamps
 from mmllm.data import starter_sets as sets
 from mmllm.data.cache import PART, cache_root, locked, require_space
 from mmllm.data.concepts import Concept, assign_splits, checksum, concept_groups, read_manifest, scene_vocabulary
@@ -143,7 +143,7 @@ def build_scenes(
 
 def build_speech(
     recipe: Recipe, size: Size, tiles: list[Tile], vocabulary: list[Concept], recordings: list[stamps.Recording],
-    folder: Path, workers: Workers,
+    folder: Path, workers: Workers, with_pico: bool,
 ) -> tuple[dict[str, sets.Clips], list[str]]:  # fmt: skip
     """Spoken names in training and (some of them) in held-out voices, real recordings; and the names to ask about."""
     vocabulary_names = [c.label for c in vocabulary]
@@ -156,10 +156,12 @@ def build_speech(
     hear_names = single[: size.hear_names]
     held = [*hear_names, *(n for n in names if n not in set(hear_names))][: size.held_out_names]
     jobs = []
-    per_name = recipe.voices.per_name
-    for chosen, voices, vary in ((names, recipe.voices.train, True), (held, recipe.voices.held_out, False)):
+    spoken = recipe.voices
+    every = [v for v in spoken.every if with_pico or not v.startswith(pico.PREFIX)]
+    for chosen, voices, vary in ((names, spoken.train, True), (held, spoken.held_out, False)):
         for chunk in _chunks(list(enumerate(chosen)), SPEECH_CHUNK):
-            jobs.append((folder, chunk, voices, recipe.seed, vary, per_name if vary else None))
+            drawn = (spoken.per_name, every) if vary else (None, [])
+            jobs.append((folder, chunk, voices, recipe.seed, vary, *drawn))
     clips: dict[str, sets.Clips] = {"train": [], "heldout_voices": [], "real": []}
     for job, made in zip(jobs, workers.map(speech_job, jobs, fresh=True)):
         clips["train" if job[4] else "heldout_voices"] += made
@@ -254,7 +256,8 @@ def _fill(
     scenes = build_scenes(recipe, size, vocabulary, tiles, photos, folder, workers)
     step(f"{sum(map(len, scenes.values()))} scenes composed")
     recordings = stamps.read_recordings(report.paths["stamps"]) if "stamps" in report.paths else []
-    clips, hear_names = build_speech(recipe, size, tiles, vocabulary, recordings, folder, workers)
+    with_pico = "pico" in report.paths
+    clips, hear_names = build_speech(recipe, size, tiles, vocabulary, recordings, folder, workers, with_pico)
     step(f"{sum(map(len, clips.values()))} clips spoken")
     counts = write_records(
         recipe, size, folder, vendors, tiles, groups, splits, vocabulary, scenes, clips, hear_names

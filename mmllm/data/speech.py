@@ -1,4 +1,4 @@
-"""Spoken names: eSpeak NG through its library (no apt), in fixed voices, as trimmed 16 kHz mono PCM files."""
+"""Spoken names: eSpeak NG through its library (no apt) and SVOX Pico, in fixed voices, as trimmed 16 kHz PCM files."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mmllm.data import pico
 from mmllm.data.media import load_audio, resample
 from mmllm.errors import UserError
 
@@ -78,12 +79,14 @@ def synthesise(text: str, voice: str = "en-us", words_per_minute: int = 170, pit
     """Speech, [T] float32 at 16 kHz, trimmed.
 
     Args:
-        voice: an eSpeak NG voice, with a variant if wanted ("en-us+f3").
+        voice: an eSpeak NG voice, with a variant if wanted ("en-us+f3"), or one of Pico's ("pico:en-US").
         pitch: 0..99.
 
     Raises:
         UserError: no such voice, or the library is missing.
     """
+    if voice.startswith(pico.PREFIX):
+        return trim(pico.say(text, voice, words_per_minute, pitch))
     engine = _espeak()
     return trim(
         resample(engine.say(text, voice, words_per_minute, pitch).astype(np.float32) / 32768, engine.rate, SAMPLE_RATE)
@@ -117,11 +120,13 @@ def speak_names(
     seed: int,
     vary: bool,
     per_name: int | None = None,
+    every: Sequence[str] = (),
 ) -> list[tuple[str, str, str]]:
     """Speaks names into ``folder/audio/<voice>/<name>.wav``, each in ``per_name`` voices drawn for it (None: all).
 
     Args:
         names: (number, name); the number, not the position in this call, seeds the draws of speed, pitch and article.
+        every: further voices, in which every name is spoken.
         vary: draw speed, pitch and a leading article per clip; otherwise 170 words a minute, pitch 50, the bare name.
 
     Returns:
@@ -130,8 +135,8 @@ def speak_names(
     made = []
     for number, name in names:
         drawn = np.random.default_rng((seed, 78, number)).permutation(len(voices))[:per_name]
-        for v in sorted(int(i) for i in drawn):
-            voice = voices[v]
+        for v in [*sorted(int(i) for i in drawn), *range(len(voices), len(voices) + len(every))]:
+            voice = [*voices, *every][v]
             text, speed, pitch = name, 170, 50
             if vary:
                 rng = np.random.default_rng((seed, 77, number, v))
@@ -140,7 +145,7 @@ def speak_names(
             samples = synthesise(text, voice, speed, pitch)
             if len(samples) < SAMPLE_RATE // 20:
                 continue
-            path = Path("audio") / voice.replace("+", "_") / f"{slug(name)}.wav"
+            path = Path("audio") / re.sub(r"[+:]", "_", voice) / f"{slug(name)}.wav"
             write_wav(folder / path, samples)
             made.append((name, voice, path.as_posix()))
     return made

@@ -51,7 +51,7 @@ def scene_job(job: dict[str, Any]) -> sets.Scenes:
     return made
 
 
-def speech_job(job: tuple[Path, list[tuple[int, str]], list[str], int, bool, int | None]) -> sets.Clips:
+def speech_job(job: tuple[Path, list[tuple[int, str]], list[str], int, bool, int | None, list[str]]) -> sets.Clips:
     return speech.speak_names(*job)
 
 

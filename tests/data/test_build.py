@@ -42,7 +42,7 @@ def write_art(root: Path) -> FetchReport:
 
 def fill(root: Path, folder: Path, workers: int) -> dict:
     data = load_recipe("starter.yaml") | {"vocabulary": NAMES}
-    data["voices"] = {"train": ["en-us", "en+f3"], "held_out": ["en-us+f4"]}
+    data["voices"] = {"train": ["en-us", "en+f3"], "held_out": ["en-us+f4"], "every": ["pico:en-US"]}  # no Pico here
     small = {"concepts": 8, "train_scenes": 120, "val_scenes": 12, "eval_scenes": 12, "interleaved_train": 6}
     data["sizes"] = {"tiny": small | {"interleaved_eval": 4, "spoken_names": 10, "held_out_names": 6, "hear_names": 8}}
     recipe = b.parse_recipe(data)

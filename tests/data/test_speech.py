@@ -18,7 +18,8 @@ SAY = """
 import sys
 from pathlib import Path
 from mmllm.data.speech import speak_names
-print(len(speak_names(Path(sys.argv[1]), [(4, "cat"), (9, "hot dog")], ["en-us", "en+f3"], 0, True)))
+print(len(speak_names(Path(sys.argv[1]), [(4, "cat"), (9, "hot dog")], ["en-us", "en+f3"], 0, True, None,
+                      ["pico:en-US", "pico:en-GB"])))
 """
 
 
@@ -58,6 +59,8 @@ def period(sound: np.ndarray) -> int:
 def test_unknown_voice() -> None:
     with pytest.raises(UserError, match="no voice 'xx-none'"):
         speech.synthesise("cat", "xx-none")
+    with pytest.raises(UserError, match="no voice 'xx-none'; take pico"):
+        speech.synthesise("cat", "pico:xx-none")
 
 
 def test_fresh_processes_say_the_same(tmp_path: Path) -> None:
@@ -65,7 +68,24 @@ def test_fresh_processes_say_the_same(tmp_path: Path) -> None:
     for name in ("a", "b"):
         subprocess.run([sys.executable, "-c", SAY, str(tmp_path / name)], check=True, capture_output=True)
         files = sorted((tmp_path / name).rglob("*.wav"))
-        assert len(files) == 4
+        assert len(files) == 8
         sums.append([hashlib.sha256(f.read_bytes()).hexdigest() for f in files])
     assert sums[0] == sums[1]
-    assert len(set(sums[0])) == 4
+    assert len(set(sums[0])) == 8
+
+
+def test_each_name_is_spoken_in_some_voices_and_in_every_one_of_the_others(tmp_path: Path) -> None:
+    voices, every = ["en-us", "en+f3", "en+m3"], ["pico:en-US"]
+    made = speech.speak_names(tmp_path, [(i, n) for i, n in enumerate(["cat", "dog"])], voices, 0, True, 2, every)
+    for name in ("cat", "dog"):
+        spoken = [voice for said, voice, _ in made if said == name]
+        assert len(spoken) == 3 and spoken[-1] == "pico:en-US" and set(spoken[:2]) < set(voices)
+    assert all((tmp_path / path).is_file() and ":" not in path for *_, path in made)
+
+
+def test_pico_speaks_slower_and_higher_when_asked() -> None:
+    slow, fast, low, high = (
+        speech.synthesise("elephant", "pico:en-US", speed, pitch)
+        for speed, pitch in ((120, 50), (220, 50), (170, 5), (170, 95))
+    )
+    assert len(slow) > 1.5 * len(fast) and period(low) > 1.2 * period(high)
