@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -219,9 +220,9 @@ class FrozenFeatures:
             alone = stack.enter_context(single_threads(threads)) if threads > 1 else None
             passing = stack.enter_context(TemporaryDirectory())
             trains = any(tower is t for t in self._changing)
-            cache = FeatureCache(passing) if trains else self.cache
-            cache.chunk = size * max(threads, CHUNK // size)
-            found = cache.get_or_compute(key, n, compute, copies + 1, name, progress)
+            kept = FeatureCache(passing) if trains else self.cache
+            kept.chunk = size * max(threads, CHUNK // size)
+            found = kept.get_or_compute(key, n, compute, copies + 1, name, progress)
             found = {k: v.clone() for k, v in found.items()} if trains else found
         found = found if copies else {k: v[None] for k, v in found.items()}
         for item in (~found.pop("readable").all(0)).nonzero().flatten().tolist():
@@ -236,15 +237,24 @@ class FrozenFeatures:
         return found
 
     def texts(self, tower: Tower, texts: Sequence[str], name: str = "texts") -> Tensor:
-        """A text tower's pooled features [N, D] of texts, float32; of a tower that trains in this run, kept nowhere."""
+        """A text tower's pooled features [N, D] of texts, float32; of a tower that trains in this run, kept nowhere.
+
+        A frozen tower computes them in ``dtype``, on a CPU a batch on each core.
+        """
         if id(tower) in self._trained or not texts:
             return pooled_texts(tower, texts)
         said = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-        key = {"version": 1, "tower": self._fingerprint(tower), "texts": said}
+        key = {"version": 2, "tower": self._fingerprint(tower), "texts": said, "dtype": str(self.dtype)}
         self.cache.chunk = 1024
-        found = self.cache.get_or_compute(
-            key, len(texts), lambda rows: {"pooled": pooled_texts(tower, [texts[i] for i in rows])}, name=name
-        )
+        runner = cache(lambda: tower.frozen_copy().to(self.device, self.dtype))
+        threads = torch.get_num_threads() if self.device.type == "cpu" else 1
+        with ExitStack() as stack:
+            mapped = stack.enter_context(single_threads(threads)).map if threads > 1 else map
+
+            def compute(rows: list[int]) -> dict[str, Tensor]:
+                return {"pooled": pooled_texts(runner(), [texts[i] for i in rows], mapped=mapped)}
+
+            found = self.cache.get_or_compute(key, len(texts), compute, name=name)
         return found["pooled"].clone()
 
     def _fingerprint(self, tower: Tower) -> str:

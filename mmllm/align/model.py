@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -211,15 +211,27 @@ class AlignModel(nn.Module):
         return torch.cat([e for e in out if e is not None]) if out else torch.empty(0, self.embedding_dim)
 
 
-@torch.inference_mode()
-def pooled_texts(tower: Tower, texts: Sequence[str], batch_size: int = 64) -> Tensor:
-    """A text tower's pooled features [N, D] in float32, in main memory, wherever the tower is."""
+def pooled_texts(
+    tower: Tower, texts: Sequence[str], batch_size: int = 64, mapped: Callable[..., Iterable[Tensor]] = map
+) -> Tensor:
+    """A text tower's pooled features [N, D] in float32, in main memory, wherever the tower is.
+
+    Args:
+        mapped: maps batches to rows in their order; that of a pool of threads computes several at once.
+    """
     device = next(tower.parameters()).device
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # batches of equal length have little padding
-    rows = []
-    for i in range(0, len(texts), batch_size):
-        inputs = tower.encode([texts[k] for k in order[i : i + batch_size]])  # type: ignore[attr-defined]
-        rows.append(tower(**{k: v.to(device) for k, v in inputs.items()}).pooled.float().cpu())
+    # Tokenizers are not safe among threads, so they come first.
+    batches = [
+        tower.encode([texts[k] for k in order[i : i + batch_size]])  # type: ignore[attr-defined]
+        for i in range(0, len(texts), batch_size)
+    ]
+
+    @torch.inference_mode()
+    def pooled(inputs: dict[str, Tensor]) -> Tensor:
+        return tower(**{k: v.to(device) for k, v in inputs.items()}).pooled.float().cpu()
+
+    rows = list(mapped(pooled, batches))
     return torch.cat(rows)[torch.tensor(order).argsort()]
 
 

@@ -9,6 +9,8 @@ import numpy as np
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 from transformers.feature_extraction_utils import BatchFeature
 
+FLOOR = 1e-5  # power added in each band, which keeps the logarithm finite
+
 
 @lru_cache
 def mel_filters(n_mels: int, n_fft: int, sampling_rate: int, low: float, high: float) -> np.ndarray:
@@ -74,13 +76,18 @@ class MMLLMAudioFeatureExtractor(SequenceFeatureExtractor):
         offset = (self.n_fft - hop) // 2 + start
         take = min(len(wave), len(padded) - offset)
         padded[offset : offset + take] = wave[:take]
-        index = np.arange(frames)[:, None] * hop + np.arange(self.n_fft)
+        # A word fills a third of the window: the frames that see nothing of it are known.
+        first, last = max(0, (offset - self.n_fft) // hop + 1), min(frames, -(-(offset + take) // hop))
+        index = np.arange(first, last)[:, None] * hop + np.arange(self.n_fft)
         window = (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(self.n_fft) / self.n_fft)).astype(np.float32)
-        power = np.abs(np.fft.rfft(padded[index] * window)).astype(np.float32) ** 2
+        spectrum = np.fft.rfft(padded[index] * window)
+        power = (spectrum.real**2 + spectrum.imag**2).astype(np.float32)
         bank = mel_filters(self.feature_size, self.n_fft, self.sampling_rate, self.low_hz, self.high_hz)
+        features = np.full((self.feature_size, frames), np.log(np.float32(FLOOR)), np.float32)
+        features[:, first:last] = np.log(bank @ power.T + np.float32(FLOOR))
         mask = np.zeros(frames, bool)
         mask[start // hop : -(-(start + len(wave)) // hop)] = True
-        return np.log(bank @ power.T + 1e-5), mask
+        return features, mask
 
     def __call__(
         self,

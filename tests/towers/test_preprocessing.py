@@ -40,6 +40,26 @@ def test_pixels_are_the_formula_whether_the_picture_was_resized_before_or_not(mo
     np.testing.assert_allclose(x, np.stack([expected.transpose(2, 0, 1)] * 2), atol=1e-5)
 
 
+@pytest.mark.parametrize("length", [0, 1, 700, 9000, 30700, 50000])
+@pytest.mark.parametrize("centre", [True, False])
+def test_log_mel_is_that_of_all_frames_of_the_padded_window(length, centre):
+    extractor = MMLLMAudioFeatureExtractor(centre=centre)
+    hop, frames, n = 240, 128, 512
+    wave = np.random.default_rng(length).uniform(-1, 1, length).astype(np.float32)
+    wave[[0, -1] if length else []] = 1.0  # nothing is trimmed, the peak is 1
+    window = np.zeros(frames * hop, np.float32)
+    kept = wave[: frames * hop]
+    start = (len(window) - len(kept)) // 2 if centre else 0
+    window[start : start + len(kept)] = kept
+    around = np.pad(window, (n - hop) // 2)  # frame k is centred on the middle of its hop
+    taper = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(n) / n)
+    power = np.abs(np.fft.rfft([around[k * hop : k * hop + n] * taper for k in range(frames)])) ** 2
+    expected = np.log(mel_filters(48, n, 16000, 60.0, 8000.0) @ power.T + 1e-5)
+    features, mask = extractor.log_mel(wave)
+    assert features.dtype == np.float32 and mask.sum() == -(-(start + len(kept)) // hop) - start // hop
+    np.testing.assert_allclose(features, expected, atol=1e-3)
+
+
 def test_log_mel_ignores_level_and_surrounding_silence():
     extractor = MMLLMAudioFeatureExtractor()
     t = np.arange(8000) / 16000
