@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
 
@@ -65,6 +66,7 @@ def cli() -> None:
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line; a user's mistake ends in one line and exit code 2, an interrupt in 130."""
     short_waits()
+    gc.set_threshold(50_000, 20, 50)  # importing torch and transformers alone starts hundreds of collections otherwise
     try:
         code = cli.main(args=argv, prog_name="mmllm", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
