@@ -11,6 +11,7 @@ import numpy as np
 BOX_SCALE = 999  # coordinates in text are integers 0..999
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
 SIDES = ("left", "right")
+SCENE_KINDS = ("caption", *["exists"] * 4, "count", "side", *["box"] * 3)  # what one scene is asked
 # Labels that end in s and are singular; everything else in -s (not -ss) is taken as a plural.
 _SINGULAR_S = {
     "bus",
@@ -168,7 +169,7 @@ def scene_questions(
     vocabulary: Sequence[str],
     rng: np.random.Generator,
     blocks: Mapping[str, Sequence[str]] | None = None,
-    kinds: Sequence[str] = ("caption", *["exists"] * 4, "count", "side", *["box"] * 3),
+    kinds: Sequence[str] = SCENE_KINDS,
 ) -> list[QA]:
     """Questions on one scene in random order; yes and no alternate, so every scene is balanced.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,22 @@ def test_lessons_about_several_pictures_ask_the_same_of_two_of_them(built: tuple
         # A thing that stands in all three pictures has no pair.
         everywhere = set.intersection(*({x["text"] for x in scene} for scene in r["meta"]["boxes"]))
         assert answers and all(given == {"yes", "no"} for label, given in answers.items() if label not in everywhere)
+
+
+def test_scenes_are_asked_true_questions_and_more_about_what_is_there(built: tuple[Path, dict]) -> None:
+    scenes = {Path(r["image"]).resolve(): r for r in read_records(built[0] / "align/regions_train.jsonl")}
+    records = read_records(built[0] / "tune/scenes.jsonl")
+    answers: Counter[str] = Counter()
+    counted = 0
+    for r in records:
+        things = {b["text"] for b in scenes[Path(r["messages"][0]["content"][0]["path"]).resolve()]["boxes"]}
+        asked = [tuple(m["content"][0]["text"] for m in branch) for branch in r["branches"]]
+        said = [(q, a) for q, a in asked if q.startswith(("Is there", "Are there"))]
+        assert all((a == "yes") == any(q.endswith(f"there {article(x)}?") for x in things) for q, a in said)
+        assert {"yes", "no"} == {a for _, a in said}
+        answers.update(a for _, a in said)
+        counted += any(q == "How many things are there?" for q, _ in asked)
+    assert 1.2 < answers["yes"] / answers["no"] < 1.6 and 0.2 < counted / len(records) < 0.5
 
 
 def test_hearing_has_one_right_option_of_four(built: tuple[Path, dict]) -> None:
