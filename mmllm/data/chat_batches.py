@@ -92,13 +92,17 @@ class ChatBatches:
             if epoch not in self._orders:
                 rng = np.random.default_rng((self.seed, epoch))
                 mixed = rng.permutation(len(self.records)) if self.mixture is None else self.mixture.epoch(epoch)
-                size = self.batch_size
-                pools = [mixed[i : i + POOL * size] for i in range(0, len(mixed) // size * size, POOL * size)]
-                batches = [
-                    rows for pool in pools for rows in _split(pool[np.argsort(self.lengths[pool], kind="stable")], size)
-                ]
-                self._orders = {epoch: np.stack([batches[i] for i in rng.permutation(len(batches))])}
+                opening = self.mixture.opening // self.batch_size * self.batch_size if self.mixture and not epoch else 0
+                parts = [p for p in (mixed[:opening], mixed[opening:]) if len(p) >= self.batch_size]
+                self._orders = {epoch: np.concatenate([self._batches(part, rng) for part in parts])}
             return self._orders[epoch]
+
+    def _batches(self, mixed: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Batches of records of like length, in random order, [batches, batch_size]."""
+        size = self.batch_size
+        pools = [mixed[i : i + POOL * size] for i in range(0, len(mixed) // size * size, POOL * size)]
+        batches = [rows for pool in pools for rows in _split(pool[np.argsort(self.lengths[pool], kind="stable")], size)]
+        return np.stack([batches[i] for i in rng.permutation(len(batches))])
 
     def rows(self, number: int) -> tuple[np.ndarray, np.random.Generator]:
         """Record numbers of batch ``number`` and the generator for its draws."""

@@ -20,18 +20,24 @@ class Mixture:
         sizes: records of each source; those of source k stand after those of the sources before it.
         weights: of each source, above 0; their sum need not be 1.
         seed: of all orders.
+        first: so many records of each source, of its share, stand at the front of epoch 0.
+
+    Attributes:
+        opening: how many they are together.
 
     Raises:
         UserError: a source without records.
     """
 
-    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int):
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int, first: Sequence[int] = ()):
         for number, size in enumerate(sizes):
             if size < 1:
                 raise UserError("a source of a mixture has no records", f"data.{number}")
         self.sizes, self.seed = list(sizes), seed
         self.starts = [sum(self.sizes[:k]) for k in range(len(sizes))]
         self.counts = shares(sum(self.sizes), weights)
+        self.first = [min(n, count) for n, count in zip(first, self.counts)]
+        self.opening = sum(self.first)
 
     def __len__(self) -> int:
         """Records of an epoch: as many as all sources have together."""
@@ -40,7 +46,14 @@ class Mixture:
     def epoch(self, number: int) -> np.ndarray:
         """The records of an epoch in their order; one may come several times."""
         drawn = [self._drawn(k, number * n, n) for k, n in enumerate(self.counts)]
-        return np.random.default_rng((self.seed, number)).permutation(np.concatenate(drawn))
+        mixed = np.random.default_rng((self.seed, number)).permutation(np.concatenate(drawn))
+        if number or not self.opening:
+            return mixed
+        source = np.searchsorted(self.starts, mixed, side="right") - 1
+        early = np.zeros(len(mixed), bool)
+        for k, count in enumerate(self.first):
+            early[np.flatnonzero(source == k)[:count]] = True
+        return np.concatenate([mixed[early], mixed[~early]])
 
     def _drawn(self, source: int, start: int, count: int) -> np.ndarray:
         """``count`` records of a source's endless order from place ``start`` on."""

@@ -149,8 +149,10 @@ class PackedBatches(ChatBatches):
     def _plan_pool(self) -> None:
         epoch, at = self._next
         order = self._order(epoch)
-        last = at + POOL >= len(order)
-        documents = [*self._waiting, *((epoch, int(i)) for i in order[at : at + POOL])]
+        opening = self.mixture.opening if self.mixture is not None and epoch == 0 else 0
+        stop = min(at + POOL, opening) if at < opening else at + POOL  # what comes first is planned by itself
+        last = stop >= len(order)
+        documents = [*self._waiting, *((epoch, int(i)) for i in order[at:stop])]
         lengths = [self.length(e, i) for e, i in documents]
         rows = plan_rows(lengths, self.row_length)
         used = [sum(lengths[i] for i in row) for row in rows]
@@ -163,7 +165,7 @@ class PackedBatches(ChatBatches):
         for n in np.random.default_rng((self.seed, 4, epoch, at)).permutation(len(kept)):
             self._rows.append([documents[i] for i in rows[kept[n]]])
             self._tokens += used[kept[n]]
-        self._next = (epoch + 1, 0) if last else (epoch, at + POOL)
+        self._next = (epoch + 1, 0) if last else (epoch, stop)
         if last:
             self._ends.append(len(self._rows))
 

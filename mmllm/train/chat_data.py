@@ -25,10 +25,12 @@ class ChatSource(DataSpec):
     Attributes:
         recipes: data recipes that make its records, by name or ``{type: NAME, ...}``.
         weight: its share of each epoch, of the sum of all weights; None: every record once.
+        first: so many of its records come before all else, of its share of the first epoch; takes a ``weight``.
     """
 
     recipes: list[str | dict[str, Any]] = Field(default_factory=list)
     weight: float | None = Field(default=None, gt=0)
+    first: int = Field(default=0, ge=0)
 
 
 ChatSources = str | ChatSource | list[str | ChatSource]
@@ -41,7 +43,7 @@ class ChatData:
     Attributes:
         records, where: each record, and ``file:line (id 'x')``.
         source: number of the source of each; those of one source stand together.
-        names, weights: of the sources; no weights: every record comes once an epoch.
+        names, weights, first: of the sources; no weights: every record comes once an epoch.
     """
 
     records: list[dict[str, Any]] = field(default_factory=list)
@@ -49,6 +51,7 @@ class ChatData:
     source: list[int] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     weights: list[float] | None = None
+    first: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -75,7 +78,7 @@ class ChatData:
 
     def _at(self, rows: Sequence[int]) -> ChatData:
         records, where = [self.records[n] for n in rows], [self.where[n] for n in rows]
-        return ChatData(records, where, [self.source[n] for n in rows], self.names, self.weights)
+        return ChatData(records, where, [self.source[n] for n in rows], self.names, self.weights, self.first)
 
     def mixture(self, seed: int) -> Mixture | None:
         """Which records each epoch has; None: all of them, once."""
@@ -83,7 +86,7 @@ class ChatData:
 
         if self.weights is None:
             return None
-        return Mixture([self.source.count(k) for k in range(len(self.names))], self.weights, seed)
+        return Mixture([self.source.count(k) for k in range(len(self.names))], self.weights, seed, self.first)
 
     def only(self, records: Sequence[dict[str, Any]]) -> ChatData:
         """Records of these in another order, some of them several times."""
@@ -97,8 +100,8 @@ class ChatData:
             sizes = [other.source.count(k) / len(other) for k in range(len(other.names))]
             weights = [w / sum(weights) * (1 - share) for w in weights] + [share * size for size in sizes]
         source = [*self.source, *(len(self.names) + k for k in other.source)]
-        names = [*self.names, *other.names]
-        return ChatData([*self.records, *other.records], [*self.where, *other.where], source, names, weights)
+        names, where = [*self.names, *other.names], [*self.where, *other.where]
+        return ChatData([*self.records, *other.records], where, source, names, weights, self.first)
 
 
 def read_chat(data: ChatSources, folder: Path, rejected: Rejected, limit: int | None = None) -> ChatData:
@@ -116,6 +119,9 @@ def read_chat(data: ChatSources, folder: Path, rejected: Rejected, limit: int | 
     if any(s.weight is None for s in sources) and any(s.weight is not None for s in sources):
         where = next(f"data.{k}" for k, s in enumerate(sources) if s.weight is None)
         raise UserError("this source has no weight, others have", where, "give all of them a weight, or none")
+    early = next((k for k, s in enumerate(sources) if s.first and s.weight is None), None)
+    if early is not None:
+        raise UserError("comes first, but has no weight", f"data.{early}.first", "give all sources a weight")
     out, left = ChatData(), limit
     for number, spec in enumerate(sources):
         items = list(itertools.islice(_items(spec, folder), left))
@@ -125,7 +131,7 @@ def read_chat(data: ChatSources, folder: Path, rejected: Rejected, limit: int | 
     if not len(out):
         raise UserError("no records", folder / sources[0].path)
     if sources[0].weight is not None:
-        out.weights = [float(s.weight or 0) for s in sources]
+        out.weights, out.first = [float(s.weight or 0) for s in sources], [s.first for s in sources]
         empty = next((k for k in range(len(sources)) if k not in out.source), None)
         if empty is not None:
             raise UserError("a source with a weight has no records", f"data.{empty}", f"look at {sources[empty].path}")

@@ -51,6 +51,15 @@ def test_the_order_is_a_function_of_seed_and_epoch():
     assert len({tuple(first < 30)}) == 1 and not (np.diff((first < 30).astype(int)) == 0).all(), "sources are mixed"
 
 
+def test_what_comes_first_is_at_the_front_of_the_first_epoch_alone():
+    plain, mixture = Mixture([30, 8, 2], [2, 1, 1], 3), Mixture([30, 8, 2], [2, 1, 1], 3, [0, 6, 99])
+    first = mixture.epoch(0)
+    assert mixture.opening == 16 and sorted(first) == sorted(plain.epoch(0))
+    source = np.searchsorted([30, 38], first, side="right")
+    assert np.bincount(source[:16], minlength=3).tolist() == [0, 6, 10] and len(set(source[16:])) == 2
+    assert np.array_equal(mixture.epoch(1), plain.epoch(1))
+
+
 def test_a_source_without_records_is_refused():
     with pytest.raises(UserError, match="data.1"):
         Mixture([3, 0], [1, 1], 0)
