@@ -13,6 +13,7 @@ from tiny_mm import tiny_llm, tiny_towers
 
 from mmllm.data import packing
 from mmllm.data.conversations import IGNORE
+from mmllm.data.mixtures import Mixture
 from mmllm.data.packing import PackedBatches, fill_best, fill_rate, plan_rows
 from mmllm.model import build_model
 
@@ -110,6 +111,17 @@ def test_batches_are_pure_and_every_record_comes_once_an_epoch(make):
     assert c._rows[:end] == make(batch_size=5).packed_rows(0)[:end] + c._rows[5:end]
     two = [row for rank in (0, 1) for row in make().packed_rows(3 * 2 + rank)]
     assert two == make(batch_size=4).packed_rows(3)
+
+
+def test_what_a_mixture_puts_first_is_packed_first(make):
+    mixture = Mixture([40, 20], [1, 1], 0, [0, 18])
+    batches = make(mixture=mixture)
+    end = batches.rows_an_epoch()
+    documents = [i for row in batches._rows[:end] for _, i in row]
+    assert sorted(documents) == sorted(mixture.epoch(0)) and min(documents[:6]) >= 40  # emptiest rows wait
+    plain = make(mixture=Mixture([40, 20], [1, 1], 0))
+    early = [i for row in plain._rows[: plain.rows_an_epoch()] for _, i in row][:18]
+    assert sum(i >= 40 for i in documents[:18]) > sum(i >= 40 for i in early) + 2
 
 
 def test_counted_lengths_are_those_of_the_batches(make):

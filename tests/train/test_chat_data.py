@@ -85,12 +85,20 @@ def test_a_run_draws_by_weights_in_an_order_of_its_seed(world, tmp_path, monkeyp
         orders.append(list(seen))
     assert orders[0] == orders[1] != orders[2]
 
+    seen.clear()
+    train = {"max_steps": 4, "seed": 0}
+    data[1]["first"] = 8
+    tune("pretrain", config(world, dataset=str(tmp_path), data=data, train=train), tmp_path / "first")
+    assert {x[0] for x in seen[:8]} == {"b"} and sorted(seen) == sorted(orders[0])
+
 
 def test_weights_for_some_sources_only_are_refused(world, tmp_path):  # noqa: F811
     lines(tmp_path / "a.jsonl", FINE)
     sources = [ChatSource(path="a.jsonl", weight=1), "a.jsonl"]
     with pytest.raises(UserError, match="data.1: this source has no weight"):
         read_chat(sources, tmp_path, Rejected())
+    with pytest.raises(UserError, match="data.1.first: comes first, but has no weight"):
+        read_chat(["a.jsonl", ChatSource(path="a.jsonl", first=3)], tmp_path, Rejected())
     with pytest.raises(UserError, match="wieght"):
         config(world, data=[{"path": "a.jsonl", "wieght": 1}])
 
