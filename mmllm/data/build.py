@@ -198,7 +198,9 @@ def write_records(
         "align/regions_val": sets.region_records(scenes["val"], "regions_val", seen),
         "align/regions_new_vendor": sets.region_records(scenes["val_new_vendor"], "regions_new_vendor", new),
         "pretrain/train": sets.shuffled(pretrain, seed),
-        "tune/scenes": sets.shuffled(sets.scene_conversations(scenes["train"], labels, related, seed), seed),
+        "tune/scenes": sets.shuffled(
+            sets.scene_conversations(scenes["train"], labels, related, seed, size.balanced), seed
+        ),
         "tune/interleaved": sets.shuffled(several, seed),
         "tune/sounds": sets.shuffled(sets.hearing_conversations(hear_train, hear_names, seed), seed),
         "eval/scenes_seen": sets.region_records(scenes["eval_seen"], "scenes_seen", seen),

@@ -11,7 +11,7 @@ from mmllm.config import StrictModel, parse_config
 from mmllm.data.scenes import SceneConfig
 from mmllm.errors import unknown
 
-BUILD_VERSION = 7  # raise it when the code writes other files for the same recipe
+BUILD_VERSION = 8  # raise it when the code writes other files for the same recipe
 
 
 class Vendors(StrictModel):
@@ -34,7 +34,7 @@ class Voices(StrictModel):
 
 
 class Size(StrictModel):
-    """How much of everything one size has; None means all there is."""
+    """How much of everything one size has; None means all there is. ``balanced``: as many "no" as "yes" in training."""
 
     concepts: int
     align_pictures: int | None = None
@@ -46,6 +46,7 @@ class Size(StrictModel):
     spoken_names: int | None = None
     held_out_names: int
     hear_names: int
+    balanced: bool = False
 
 
 class Recipe(StrictModel):

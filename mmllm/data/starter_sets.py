@@ -105,20 +105,21 @@ def naming_conversations(clips: Clips) -> list[dict[str, Any]]:
 
 
 def scene_conversations(
-    scenes: Scenes, vocabulary: Sequence[str], blocks: Mapping[str, Sequence[str]], seed: int
+    scenes: Scenes, vocabulary: Sequence[str], blocks: Mapping[str, Sequence[str]], seed: int, balanced: bool = False
 ) -> list[dict[str, Any]]:
     """One picture, several questions as branches.
 
     Of two questions about what is not there, one is left out in two scenes of three: a small model sees less on new
     pictures than on those it learned from, and so leans to "no". Things are counted in one scene of three.
+    ``balanced`` leaves out nothing.
     """
     out = []
     for i, (path, boxes, _) in enumerate(scenes):
         which = np.random.default_rng((seed, 16, i))
-        kinds = [k for k in q.SCENE_KINDS if k != "count" or which.random() < 1 / 3]
+        kinds = [k for k in q.SCENE_KINDS if balanced or k != "count" or which.random() < 1 / 3]
         asked = q.scene_questions(boxes, vocabulary, np.random.default_rng((seed, 11, i)), blocks, kinds)
         denied = [x for x in asked if x.kind == "exists" and x.answer == "no"]
-        if len(denied) > 1 and which.random() < 2 / 3:
+        if not balanced and len(denied) > 1 and which.random() < 2 / 3:
             asked.remove(denied[0])
         record = {"id": f"scene/{i:06d}", "messages": q.picture_prefix([f"../{path}"])}
         out.append(record | {"branches": [q.branch(x) for x in asked]})
