@@ -124,6 +124,8 @@ def answer_in_processes(model: str | Path, asked: Sequence[Asked], nproc: int) -
     from mmllm.openmp import available_cores
 
     dealt = shares(asked, nproc)
+    if not dealt:
+        return []
     threads = max(1, available_cores() // max(1, len(dealt)))
     out: list[Answer | None] = [None] * len(asked)
     # Spawned, not forked: a fork of a process whose OpenMP threads have run can hang.

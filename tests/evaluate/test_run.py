@@ -13,7 +13,7 @@ from mmllm.data.questions import caption, format_box, with_article
 from mmllm.decode import Decoder
 from mmllm.decode.requests import Result
 from mmllm.errors import UserError
-from mmllm.evaluate.answer import Asked, media_portions, shares
+from mmllm.evaluate.answer import Asked, answer_in_processes, media_portions, shares
 from mmllm.evaluate.gallery import gallery_items
 from mmllm.evaluate.run import run_eval, run_evals
 from mmllm.report.figures import read_figures
@@ -280,6 +280,10 @@ def test_two_processes_answer_what_one_does(dataset, tmp_path):
     (tmp_path / "model" / "config.json").unlink()  # what a process of several says comes through in one line
     with pytest.raises(UserError, match="model"):
         run_eval(tmp_path / "model", dataset, ["pope"], limit=2, out=tmp_path / "bad", nproc=2)
+
+
+def test_several_processes_with_nothing_to_answer(tmp_path):
+    assert answer_in_processes(tmp_path, [], 2) == []  # one scene has no absent name to ask for
 
 
 def test_gallery_is_drawn_by_seed_and_shows_truth_and_answer(dataset, tmp_path):
