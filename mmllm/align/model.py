@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmllm.align.config import HeadConfig
+from mmllm.blocks.dropout import Dropout
 from mmllm.contracts import Connector, Features, Stream, Tower
 from mmllm.errors import UserError
 from mmllm.towers import audio_inputs, image_inputs, set_image_size, video_inputs
@@ -32,10 +33,10 @@ class ProjectionHead(nn.Sequential):
         layers: list[nn.Module] = [nn.LayerNorm(in_dim)] if config.norm else []
         width = in_dim
         if config.hidden_dim:
-            layers += [nn.Dropout(config.dropout), nn.Linear(in_dim, config.hidden_dim)]
+            layers += [Dropout(config.dropout), nn.Linear(in_dim, config.hidden_dim)]
             layers.append(nn.ReLU() if config.activation == "relu" else nn.GELU())
             width = config.hidden_dim
-        layers += [nn.Dropout(config.dropout), nn.Linear(width, out_dim, bias=config.bias)]
+        layers += [Dropout(config.dropout), nn.Linear(width, out_dim, bias=config.bias)]
         super().__init__(*layers)
         self.config = config
 

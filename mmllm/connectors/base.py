@@ -107,4 +107,6 @@ def place_vectors(rows: Tensor, columns: Tensor, h: int, w: int) -> Tensor:
 
 def keep_mask(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Zeroes tokens [B, M, D] that the mask [B, M] excludes, so that padding never carries numbers."""
+    if mask.device.type == "cpu" and bool(mask.all()):  # elsewhere asking would make the host wait
+        return tokens, mask.to(torch.bool)
     return tokens * mask[..., None].to(tokens.dtype), mask.to(torch.bool)

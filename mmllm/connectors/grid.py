@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmllm.blocks.dropout import Dropout
 from mmllm.connectors.base import FolderConnector, keep_mask, place_vectors
 from mmllm.contracts import Features
 from mmllm.errors import UserError
@@ -49,7 +50,7 @@ class GridMLPConnector(FolderConnector):
         )
         self.norm = nn.LayerNorm(in_dim)
         self.neighbours = nn.Conv2d(in_dim, in_dim, 3, padding=1, groups=in_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.fc1 = nn.Linear(in_dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, out_dim)
         nn.init.dirac_(self.neighbours.weight, groups=in_dim)

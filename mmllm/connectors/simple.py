@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmllm.blocks.dropout import Dropout
 from mmllm.connectors.base import FolderConnector, keep_mask
 from mmllm.contracts import Features
 from mmllm.errors import UserError
@@ -38,7 +39,7 @@ class MLP(nn.Sequential):
         layers: list[nn.Module] = [nn.LayerNorm(in_dim)] if norm else []
         width = in_dim
         for _ in range(depth - 1):
-            layers += [nn.Dropout(dropout), nn.Linear(width, hidden_dim), nn.GELU()]
+            layers += [Dropout(dropout), nn.Linear(width, hidden_dim), nn.GELU()]
             width = hidden_dim
         super().__init__(*layers, nn.Linear(width, out_dim))
 

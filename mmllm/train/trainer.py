@@ -165,6 +165,8 @@ class MMTrainer(ShardedTrainer):
                 self._batches.close()
 
     def _prepare_input(self, data: Any) -> Any:
+        if self.args.device.type == "cpu" and not self.is_deepspeed_enabled:
+            return data  # it is there already; looking at each name and box of a large batch takes milliseconds
         if dataclasses.is_dataclass(data) and not isinstance(data, type):
             fields = {f.name: self._prepare_input(getattr(data, f.name)) for f in dataclasses.fields(data) if f.init}
             return dataclasses.replace(data, **fields)

@@ -1,4 +1,4 @@
-"""The starter's conversations about scenes: what the leaning recipe leaves out of the balanced one, and nothing else."""
+"""The starter's conversations about scenes: what the leaning ones leave out of the balanced ones, and nothing else."""
 
 from __future__ import annotations
 
