@@ -172,7 +172,23 @@ def load_decoder(model_path: str | Path | None, device: str = "auto") -> Any:
     if model_path is None:
         raise UserError("these tasks need a model", "--model", "give --model RUN")
     model, processor = load_model(str(model_path), device=device)
-    return Decoder(model.eval(), processor)
+    model = model.eval()
+    if model.device.type == "cpu":
+        quick_on_cpu(model)
+    return Decoder(model, processor)
+
+
+def quick_on_cpu(model: Any) -> None:
+    """Short prompts by plain attention (``mmllm.blocks.plain_attention``), pictures by a frozen copy of the tower.
+
+    The tower computes as the LLM does, in bfloat16 where that is the LLM's: so training made its features, too.
+    """
+    from mmllm.model.plain_attention import NAME
+
+    model.language_model.set_attn_implementation(NAME)
+    tower = model.vision_tower
+    if tower is not None:
+        model.vision_tower = tower.frozen_copy().to(model.get_input_embeddings().weight.dtype)
 
 
 class Progress:

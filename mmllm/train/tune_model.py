@@ -25,6 +25,7 @@ from mmllm.model.llava import is_llava
 from mmllm.model.loading import add_injector, add_tiling
 from mmllm.model.packing import allow_packing
 from mmllm.model.plain_attention import NAME as PLAIN_ATTENTION
+from mmllm.model.plain_attention import SHORT_ROW
 from mmllm.towers import load_tower
 from mmllm.towers.training import merged
 from mmllm.train.chat_data import ChatData
@@ -175,9 +176,6 @@ def with_changes(connector: Connector, changes: dict[str, Any]) -> Connector:
             raise UserError(f"the aligned weight '{key}' does not fit", "connector", "keep the align run's settings")
     new.load_state_dict(old, strict=False)
     return new
-
-
-SHORT_ROW = 1024  # tokens
 
 
 def fast_attention(model: MMLLMForConditionalGeneration, config: TuneConfig) -> None:

@@ -13,7 +13,7 @@ from mmllm.data.questions import caption, format_box, with_article
 from mmllm.decode import Decoder
 from mmllm.decode.requests import Result
 from mmllm.errors import UserError
-from mmllm.evaluate.answer import Asked, answer_in_processes, media_portions, shares
+from mmllm.evaluate.answer import Asked, answer_in_processes, load_decoder, media_portions, shares
 from mmllm.evaluate.gallery import gallery_items
 from mmllm.evaluate.run import run_eval, run_evals
 from mmllm.report.figures import read_figures
@@ -280,6 +280,20 @@ def test_two_processes_answer_what_one_does(dataset, tmp_path):
     (tmp_path / "model" / "config.json").unlink()  # what a process of several says comes through in one line
     with pytest.raises(UserError, match="model"):
         run_eval(tmp_path / "model", dataset, ["pope"], limit=2, out=tmp_path / "bad", nproc=2)
+
+
+def test_quick_on_cpu_scores_as_the_model_itself(dataset, tmp_path):
+    model, processor = tiny_model()
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    quick, own = load_decoder(tmp_path / "model"), Decoder(model.eval(), processor)
+    assert quick.model.language_model.config._attn_implementation != own.model.language_model.config._attn_implementation
+    scores = []
+    for name, decoder in (("quick", quick), ("own", own)):
+        run_eval(None, dataset, ["pope", "interleaved"], limit=6, out=tmp_path / name, decoder=decoder)
+        lines = (tmp_path / name / "predictions.jsonl").read_text().splitlines()
+        scores.append([json.loads(line)["scores"] for line in lines])
+    assert len(scores[0]) > 50 and np.allclose(*scores, atol=1e-4)
 
 
 def test_several_processes_with_nothing_to_answer(tmp_path):
