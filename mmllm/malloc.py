@@ -1,4 +1,4 @@
-"""Lets a CPU training reuse the memory of its activations, which glibc otherwise gives back and takes anew."""
+"""Lets align reuse the memory of its batches on a CPU, which glibc otherwise gives back and takes anew each step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ def keep_freed_memory() -> bool:
     """Blocks up to 1 GiB come from the heap, and up to 1 GiB at its end stays when it is free.
 
     New pages must be mapped and zeroed: batches of features (12 MB and more a tensor) cost some 15,000 page faults a
-    step without this. What the user has set stays.
+    step without this, a tenth of its time and more. Tuning an LLM has few and gets slower by it, so it is for align
+    alone. What the user has set stays.
 
     Returns:
         whether it was done; False with another libc.

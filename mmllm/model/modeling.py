@@ -14,6 +14,7 @@ from mmllm.blocks.head import logits_only_at, loss_at_head
 from mmllm.connectors import build_connector, build_injector
 from mmllm.data.conversations import branch_mask
 from mmllm.errors import UserError
+from mmllm.model.branches import without_last_tokens
 from mmllm.model.config import MMLLMConfig
 from mmllm.model.injection import KEY, after_injection, injected, watch_layers
 from mmllm.model.media import MediaParts
@@ -141,7 +142,8 @@ class MMLLMForConditionalGeneration(MediaParts, PreTrainedModel, GenerationMixin
             document_ids: [1, T], numbers of the documents of a packed row (``mmllm.data.packing``): each is computed as
                 if it stood alone, and ``attention_mask`` is not looked at.
             labels: [B, L], -100 where nothing is asked. Then ``loss`` is the mean over the labelled tokens, made in
-                chunks (``mmllm.blocks.lm_head_loss``), and there are no ``logits``.
+                chunks (``mmllm.blocks.lm_head_loss``), and there are no ``logits``. The last token of a branch, from
+                which nothing is predicted, is then left out.
             label_weights: [B, L], makes the mean a weighted one.
             logits_to_keep: as in transformers; without labels.
             num_items: number (or weight) of labelled tokens, for the training loop; not used here.
@@ -163,7 +165,13 @@ class MMLLMForConditionalGeneration(MediaParts, PreTrainedModel, GenerationMixin
                 document_ids,
                 image_grids,
             )
+        asked = None if labels is None else labels[:, 1:] != -100
+        rows, columns = (None, None) if asked is None else asked.nonzero(as_tuple=True)
         if branch_ids is not None and document_ids is None:
+            if rows is not None and len(rows) and position_ids is not None and self.injector is None:
+                branch_ids, inputs_embeds, position_ids, columns = without_last_tokens(
+                    branch_ids, inputs_embeds, position_ids, rows, columns
+                )
             attention_mask = branch_mask(branch_ids, inputs_embeds.dtype)
         run: dict[str, Any] = dict(
             inputs_embeds=inputs_embeds,
@@ -182,12 +190,10 @@ class MMLLMForConditionalGeneration(MediaParts, PreTrainedModel, GenerationMixin
             out = self.language_model(**run, logits_to_keep=logits_to_keep)
             after_injection(self, media, out)
             return out
-        asked = labels[:, 1:] != -100
         # No labelled token (all answers cut away): a zero that still has a gradient path, so no process waits.
         loss: Any = inputs_embeds.float().sum() * 0
-        if bool(asked.any()):
+        if rows is not None and len(rows):
             share = None if label_weights is None else label_weights[:, 1:][asked]
-            rows, columns = asked.nonzero(as_tuple=True)
             each, out = self._answer_loss(run, rows, columns, labels[:, 1:][asked], share)
             loss = loss + each
         else:

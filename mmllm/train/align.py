@@ -262,12 +262,14 @@ def align(config: AlignConfig, out: Path, resume: bool = False) -> Path:
     """The stage on a ready config; see ``run_align``."""
     from mmllm.align.folder import save_align
     from mmllm.data.models import resolve_dataset
+    from mmllm.malloc import keep_freed_memory
     from mmllm.report.figures import print_figures, write_figures
     from mmllm.report.runs import write_run_report
     from mmllm.train.align_measures import measure_all
     from mmllm.train.launch import is_main
     from mmllm.train.run import RunFolder
 
+    keep_freed_memory()
     folder = Path(resolve_dataset(config.dataset))
     about = dataset_info(folder)
     run = RunFolder.open(out, "align", config, resume, seed=config.train.seed, sources=about.get("sources", []))

@@ -12,7 +12,6 @@ import time
 from collections.abc import Sequence
 from typing import IO
 
-from mmllm.malloc import keep_freed_memory
 from mmllm.openmp import available_cores, short_waits
 
 
@@ -46,7 +45,6 @@ def set_threads(threads: int | None = None) -> int:
     accelerate's ``PartialState()`` finds the others there only when told that it is on a CPU.
     """
     short_waits()
-    keep_freed_memory()
     if threads is None:
         set_by_user = os.environ.get("OMP_NUM_THREADS", "")
         threads = int(set_by_user) if set_by_user.isdigit() else max(1, available_cores() // local_processes())

@@ -130,6 +130,29 @@ def test_loss_is_the_mean_over_answer_tokens_of_the_full_logits(parts):
     torch.testing.assert_close(out.loss, expected, atol=1e-5, rtol=1e-5)
     assert out.logits is None
 
+def test_the_llm_does_not_compute_what_nothing_is_predicted_from(parts):
+    model, processor = parts
+    rows = [encode_conversation(scene(), processor), encode_conversation(scene(BRANCHES[:2]), processor)]
+    batch = inputs_of(processor, rows)
+    labels, seen = batch.pop("labels"), []
+    weights = [p for p in model.language_model.parameters() if p.requires_grad]
+
+    full = model(**batch).logits
+    keep = labels[:, 1:] != IGNORE
+    expected = torch.nn.functional.cross_entropy(full[:, :-1][keep], labels[:, 1:][keep])
+    wanted = torch.autograd.grad(expected, weights, allow_unused=True)
+    hook = model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    try:
+        found = torch.autograd.grad(model(**batch, labels=labels).loss, weights, allow_unused=True)
+    finally:
+        hook.remove()
+    assert seen == [len(rows[0].input_ids) - len(BRANCHES)]  # the end token of each answer is predicted, never read
+    assert any(g is not None for g in wanted)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
 
 def test_mask_is_additive_causal_and_lets_nobody_see_padding():
     ids = torch.tensor([[0, 0, 1, 1, 2, -1]])
