@@ -166,7 +166,10 @@ class MMLLMForConditionalGeneration(MediaParts, PreTrainedModel, GenerationMixin
                 image_grids,
             )
         asked = None if labels is None else labels[:, 1:] != -100
-        rows, columns = (None, None) if asked is None else asked.nonzero(as_tuple=True)
+        rows: Any = None
+        columns: Any = None
+        if asked is not None:
+            rows, columns = asked.nonzero(as_tuple=True)
         if branch_ids is not None and document_ids is None:
             if rows is not None and len(rows) and position_ids is not None and self.injector is None:
                 branch_ids, inputs_embeds, position_ids, columns = without_last_tokens(
