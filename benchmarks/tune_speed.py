@@ -18,8 +18,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mmllm.blocks.compute import fast_dtype
+from mmllm.blocks.dropout import Dropout
 from mmllm.blocks.head import logits_only_at
 from mmllm.data.conversations import branch_mask
+from mmllm.model.branches import without_last_tokens
 from mmllm.model.fast_lora import fuse_lora
 from mmllm.report.figures import Figure, print_figures, write_figures
 from mmllm.towers.efficientnet import EfficientNetLite0Tower
@@ -93,6 +95,23 @@ def tower(folded: bool, side: int = 192) -> Callable[[], None]:
     return run
 
 
+def dropout(ours: bool) -> Callable[[], None]:
+    """The mask of a batch of 64 grids of picture features."""
+    layer = Dropout(0.2) if ours else torch.nn.Dropout(0.2)
+    x = torch.randn(64, 36, 1280)
+    return lambda: layer(x)
+
+
+def without_ends(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The rows as the LLM gets them: no last token of any question (``mmllm.model.branches``)."""
+    branch = torch.cat([torch.zeros(PICTURE), torch.arange(1, QUESTIONS + 1).repeat_interleave(QUESTION)]).long()
+    none = torch.zeros(0, dtype=torch.long)
+    ids = inputs["input_ids"]
+    kept = without_last_tokens(branch.expand(ROWS, -1), ids[..., None].float(), inputs["position_ids"], none, none)
+    mask = branch_mask(kept[0][:1].expand(ROWS, -1), fast_dtype())
+    return {"input_ids": kept[1][..., 0].long(), "attention_mask": mask, "position_ids": kept[2]}
+
+
 def ratio(name: str, plain: Callable[[], None], ours: Callable[[], None], pairs: int, note: str) -> Figure:
     """Median of plain/ours over paired runs, with the smallest and largest pair."""
     for side in (plain, ours):
@@ -122,6 +141,8 @@ def main() -> None:
         ratio("fused_lora", train_step(llm(fused=False), shared), ours, args.pairs, "against peft's own layers"),
         ratio("answer_logits", train_step(model, shared, False), ours, args.pairs, "against logits everywhere"),
         ratio("shared_prefix", train_step(model, single_rows()), ours, args.pairs, "against one question a row"),
+        ratio("branch_ends", ours, train_step(model, without_ends(shared)), args.pairs, "against rows with all tokens"),
+        ratio("dropout_mask", dropout(False), dropout(True), args.pairs, "against torch's"),
         ratio("folded_tower", tower(False), tower(True), args.pairs, "against BatchNorm layers, 32 pictures a batch"),
     ]
     print_figures(figures, "seconds of the plain way over seconds of ours")

@@ -1,4 +1,4 @@
-"""Dropout whose mask costs little on a CPU, where torch draws one 53-bit number for each element, on one core."""
+"""Dropout whose mask costs little on a CPU, where torch draws one number for each element, on one core."""
 
 from __future__ import annotations
 
