@@ -1,4 +1,4 @@
-"""How many tokens went through the LLM in a run, and how fast."""
+"""How many tokens of conversations a run trained on, and how fast."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class TokenCount:
-    """Counts the real tokens (no padding) that go through the LLM, and the time they take after the first step."""
+    """Counts the tokens of the rows that train (no padding), and the time they take after the first step."""
 
     def __init__(self) -> None:
         self.tokens = 0
