@@ -28,13 +28,11 @@ def _forward(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' interface: q [B, H, L, D] -> [B, L, H, D]. What is not plain goes the model's own way."""
-    if query.shape[2] * key.shape[2] > SHORT_ROW**2:  # all scores at once would fill the memory
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
     if dropout or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", sdpa_attention_forward)
         return own(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    if query.shape[2] * key.shape[2] > SHORT_ROW**2:  # all scores at once would fill the memory
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if torch.is_autocast_enabled(query.device.type):
         kind = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(kind), key.to(kind), value.to(kind)

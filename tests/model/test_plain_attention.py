@@ -59,9 +59,11 @@ def test_the_gradient_is_the_derivative():
     assert torch.autograd.gradcheck(lambda q, k, v: plain_attention(q, k, v, mask, 0.7), (q, k, v))
 
 
+@pytest.mark.parametrize("short", [1024, 2], ids=["short", "long"])
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2"])
-def test_a_causal_lm_gives_what_it_gives_with_eager(kind):
-    """Gemma 2 bends its scores, which is not plain; Mistral's window comes with the mask."""
+def test_a_causal_lm_gives_what_it_gives_with_eager(kind, short, monkeypatch):
+    """Gemma 2 bends its scores, which is not plain; Mistral's window comes with the mask. Long rows go through SDPA."""
+    monkeypatch.setattr("mmllm.model.plain_attention.SHORT_ROW", short)
     torch.manual_seed(0)
     made = {
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZE)),
@@ -72,11 +74,13 @@ def test_a_causal_lm_gives_what_it_gives_with_eager(kind):
     ids = torch.randint(0, 50, (2, 9))
     seen = torch.ones_like(ids)
     seen[1, :4] = 0
+    labels = ids.masked_fill(seen == 0, -100)
+    labels[1, 4] = -100  # predicted from padding, which sees nothing
     found = {}
     for name in ("eager", NAME):
         model.set_attn_implementation(name)
         model.zero_grad()
-        out = model(input_ids=ids, attention_mask=seen, labels=ids.masked_fill(seen == 0, -100))
+        out = model(input_ids=ids, attention_mask=seen, labels=labels)
         out.loss.backward()
         found[name] = out.logits[seen.bool()].detach(), [p.grad.clone() for p in model.parameters()]
         with torch.no_grad():
