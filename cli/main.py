@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import sys
 
 import click
 
 from mmllm import __version__
+from mmllm.collector import few_collections
 from mmllm.errors import UserError, nearest
 from mmllm.openmp import short_waits
 
@@ -66,7 +66,7 @@ def cli() -> None:
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line; a user's mistake ends in one line and exit code 2, an interrupt in 130."""
     short_waits()
-    gc.set_threshold(50_000, 20, 50)  # importing torch and transformers alone starts hundreds of collections otherwise
+    few_collections()
     try:
         code = cli.main(args=argv, prog_name="mmllm", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)

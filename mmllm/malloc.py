@@ -1,11 +1,13 @@
-"""Lets align reuse the memory of its batches on a CPU, which glibc otherwise gives back and takes anew each step."""
+"""What glibc does with memory: kept for the next batch of align, or zeroed for a library that reads it unwritten."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+from collections.abc import Iterator
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_PERTURB = -1, -3, -6  # of malloc.h
 LARGE = 2**30
 SET_BY_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
@@ -22,8 +24,23 @@ def keep_freed_memory() -> bool:
     """
     if any(name in os.environ for name in SET_BY_USER):
         return False
+    return mallopt(M_MMAP_THRESHOLD, LARGE) and mallopt(M_TRIM_THRESHOLD, LARGE)
+
+
+@contextlib.contextmanager
+def zeroed_memory() -> Iterator[None]:
+    """New memory is zero inside, for code whose result hangs on memory that it never wrote; elsewhere than with glibc
+    nothing changes."""
+    mallopt(M_PERTURB, 0xFF)  # new bytes get the complement of this
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        yield
+    finally:
+        mallopt(M_PERTURB, 0)
+
+
+def mallopt(option: int, value: int) -> bool:
+    """glibc's own; False with another libc."""
+    try:
+        return bool(ctypes.CDLL(None).mallopt(option, value))
     except (OSError, AttributeError, TypeError):  # macOS, musl, Windows
         return False
-    return bool(mallopt(M_MMAP_THRESHOLD, LARGE)) and bool(mallopt(M_TRIM_THRESHOLD, LARGE))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mmllm.errors import UserError
+from mmllm.malloc import zeroed_memory
 
 PREFIX = "pico:"
 SAMPLE_RATE = 16_000
@@ -24,7 +25,7 @@ def _engine() -> Any:
 
 
 def say(text: str, voice: str, words_per_minute: int, pitch: int) -> np.ndarray:
-    """Speech, [T] float32 at 16 kHz, with the silence around it; the n-th of a fresh process is always the same.
+    """Speech, [T] float32 at 16 kHz, with the silence around it; the same for the same words and voice.
 
     Args:
         voice: "pico:en-US" or "pico:en-GB".
@@ -36,7 +37,8 @@ def say(text: str, voice: str, words_per_minute: int, pitch: int) -> np.ndarray:
     name = voice.removeprefix(PREFIX)
     factor = 2 ** ((pitch - _MIDDLE) / _SPAN)
     try:
-        sound = _engine().speak(text, voice=name, speed=words_per_minute / _RATE, pitch=factor)
+        with zeroed_memory():  # Pico reads what it never wrote, and then every build is another
+            sound = _engine().speak(text, voice=name, speed=words_per_minute / _RATE, pitch=factor)
     except ValueError:
         raise UserError(f"SVOX Pico has no voice '{name}'", do="take pico:en-US or pico:en-GB") from None
     return np.frombuffer(sound, "<i2").astype(np.float32) / 32768

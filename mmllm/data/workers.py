@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mmllm.collector import few_collections
 from mmllm.data import speech
 from mmllm.data import starter_sets as sets
 from mmllm.data.scenes import Composer
@@ -24,8 +26,9 @@ def tile_job(job: tuple[list[Art], Path]) -> tuple[list[Tile], list[str]]:
     return save_tiles(*job)
 
 
-def load_photos(paths: Sequence[Path], shorter: int = 300) -> list[np.ndarray]:
-    """Photographs for backgrounds, [h, w, 3] uint8, the shorter side ``shorter`` pixels."""
+@functools.cache
+def load_photos(paths: tuple[Path, ...], shorter: int = 300) -> list[np.ndarray]:
+    """Photographs for backgrounds, [h, w, 3] uint8, the shorter side ``shorter`` pixels; a process keeps them."""
     photos = []
     for path in paths:
         with Image.open(path) as opened:
@@ -40,7 +43,7 @@ def load_photos(paths: Sequence[Path], shorter: int = 300) -> list[np.ndarray]:
 def scene_job(job: dict[str, Any]) -> sets.Scenes:
     """Composes scenes ``start`` to ``stop`` of one set and saves them as JPEG."""
     folder, name = job["folder"], job["set"]
-    photos = load_photos(job["photos"])
+    photos = load_photos(tuple(job["photos"]))
     composer = Composer(job["pools"], job["blocks"], tile_loader(folder), job["config"], photos)
     made = []
     for i in range(job["start"], job["stop"]):
@@ -66,5 +69,6 @@ class Workers:
         if not jobs or (self.n == 1 and not fresh):
             yield from map(function, jobs)
             return
-        with ProcessPoolExecutor(self.n, get_context("spawn"), max_tasks_per_child=1 if fresh else None) as pool:
+        alone = 1 if fresh else None
+        with ProcessPoolExecutor(self.n, get_context("spawn"), few_collections, max_tasks_per_child=alone) as pool:
             yield from pool.map(function, jobs)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmllm.collector import few_collections
 from mmllm.errors import UserError
 
 # Scored questions go to the decoder in portions of this many, so that progress shows and memory stays flat.
@@ -40,8 +41,15 @@ class Asked:
     seed: int = 0
     decode: str = "greedy"
 
+    def request(self) -> Any:
+        """The same as the decoder reads it."""
+        from mmllm.decode import Request
+
+        return Request(self.messages, self.decode, max_new_tokens=self.max_new_tokens, seed=self.seed)
+
 
 Answer = tuple[str, list[float] | None]
+Trace = list[dict[str, Any]]
 
 
 def answer(decoder: Any, asked: Sequence[Asked], said: Callable[[int, int], None] | None = None) -> list[Answer]:
@@ -53,8 +61,6 @@ def answer(decoder: Any, asked: Sequence[Asked], said: Callable[[int, int], None
     Args:
         said: told (answered, of all) after each portion.
     """
-    from mmllm.decode import Request
-
     out: list[Answer | None] = [None] * len(asked)
     scored = sorted(
         (i for i, a in enumerate(asked) if a.choices), key=lambda i: (asked[i].decode, asked[i].kind, asked[i].media)
@@ -62,13 +68,9 @@ def answer(decoder: Any, asked: Sequence[Asked], said: Callable[[int, int], None
     free = [i for i, a in enumerate(asked) if not a.choices]
     free.sort(key=lambda i: (asked[i].decode, asked[i].max_new_tokens, asked[i].media))
 
-    def request(i: int) -> Any:
-        a = asked[i]
-        return Request(a.messages, a.decode, max_new_tokens=a.max_new_tokens, seed=a.seed)
-
     done = 0
     for portion in media_portions(scored, SCORE_PORTION, lambda i: asked[i].media):
-        results = decoder.score([request(i) for i in portion], [asked[i].choices for i in portion])
+        results = decoder.score([asked[i].request() for i in portion], [asked[i].choices for i in portion])
         for i, scores in zip(portion, results, strict=True):
             choices = asked[i].choices or []
             best = max(range(len(scores)), key=lambda k: scores[k])
@@ -78,7 +80,7 @@ def answer(decoder: Any, asked: Sequence[Asked], said: Callable[[int, int], None
             said(done, len(asked))
     for start in range(0, len(free), GENERATE_PORTION):
         portion = free[start : start + GENERATE_PORTION]
-        for i, result in zip(portion, decoder.generate([request(i) for i in portion]), strict=True):
+        for i, result in zip(portion, decoder.generate([asked[i].request() for i in portion]), strict=True):
             out[i] = (result.text, None)
         done += len(portion)
         if said:
@@ -112,11 +114,20 @@ def shares(asked: Sequence[Asked], nproc: int) -> list[list[int]]:
     return [share for share in out if share]
 
 
-def answer_in_processes(model: str | Path, asked: Sequence[Asked], nproc: int) -> list[Answer]:
-    """The same as ``answer``, by ``nproc`` processes with a copy of the model each.
+def trace(decoder: Any, asked: Sequence[Asked]) -> list[Trace]:
+    """How each answer came about, token by token (:func:`mmllm.decode.trace.trace_request`)."""
+    from mmllm.decode.trace import trace_request
+
+    return [trace_request(decoder, a.request()) for a in asked]
+
+
+def answer_in_processes(
+    model: str | Path, asked: Sequence[Asked], nproc: int, traced: Sequence[Asked] = ()
+) -> tuple[list[Answer], list[Trace]]:
+    """The same as ``answer`` and ``trace``, by ``nproc`` processes with a copy of the model each.
 
     Where there are several GPUs each process has one. Answers are those of one process up to the rounding of other
-    batches.
+    batches. Without a question nothing is loaded, nor traced.
 
     Raises:
         UserError: what a process says, or that one was killed.
@@ -125,39 +136,59 @@ def answer_in_processes(model: str | Path, asked: Sequence[Asked], nproc: int) -
 
     dealt = shares(asked, nproc)
     if not dealt:
-        return []
+        return [], []
     threads = max(1, available_cores() // max(1, len(dealt)))
     out: list[Answer | None] = [None] * len(asked)
+    steps: list[Trace] = []
     # Spawned, not forked: a fork of a process whose OpenMP threads have run can hang.
-    with ProcessPoolExecutor(len(dealt), mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(len(dealt), multiprocessing.get_context("spawn"), few_collections) as pool:
         todo = [
-            pool.submit(_share, str(model), [asked[i] for i in share], rank, threads)
+            # The last share is never the longest, so its process has the time for the traces.
+            pool.submit(_share, str(model), [asked[i] for i in share], rank, threads, traced if share is dealt[-1] else ())
             for rank, share in enumerate(dealt)
         ]
         try:
             for share, future in zip(dealt, todo, strict=True):
                 found = future.result()
-                if isinstance(found, tuple):
-                    raise UserError(*found)
-                for i, one in zip(share, found, strict=True):
+                if isinstance(found, Failed):
+                    raise UserError(found.what, found.where, found.do)
+                for i, one in zip(share, found.answers, strict=True):
                     out[i] = one
+                steps += found.traces
         except BrokenProcessPool:
             raise UserError("a process was killed (out of memory?)", "--nproc", "take fewer processes") from None
-    return out  # type: ignore[return-value]
+    return out, steps  # type: ignore[return-value]
 
 
-def _share(
-    model: str, asked: list[Asked], rank: int, threads: int
-) -> list[Answer] | tuple[str, object, str | None]:
-    """One process's share; a user's mistake comes back as its parts, since exceptions travel badly."""
+@dataclass
+class Done:
+    """What a process found."""
+
+    answers: list[Answer]
+    traces: list[Trace]
+
+
+@dataclass
+class Failed:
+    """The parts of a user's mistake, since exceptions travel badly between processes."""
+
+    what: str
+    where: str | None
+    do: str | None
+
+
+def _share(model: str, asked: list[Asked], rank: int, threads: int, traced: Sequence[Asked]) -> Done | Failed:
+    """One process's share."""
     import torch
 
     torch.set_num_threads(threads)
     try:
         device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-        return answer(load_decoder(model, device), asked, Progress(len(asked)).at if rank == 0 else None)
+        decoder = load_decoder(model, device)
+        answers = answer(decoder, asked, Progress(len(asked)).at if rank == 0 else None)
+        return Done(answers, trace(decoder, traced))
     except UserError as e:
-        return e.what, None if e.where is None else str(e.where), e.do
+        return Failed(e.what, None if e.where is None else str(e.where), e.do)
 
 
 def load_decoder(model_path: str | Path | None, device: str = "auto") -> Any:

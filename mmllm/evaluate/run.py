@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from mmllm.errors import UserError, unknown
-from mmllm.evaluate.answer import Asked, Progress, answer, answer_in_processes, load_decoder
+from mmllm.evaluate.answer import Asked, Progress, Trace, answer, answer_in_processes, load_decoder, trace
 from mmllm.evaluate.page import write_eval_report
 from mmllm.evaluate.tasks import EvalData, EvalTask, Row, Sample, take_clusters, without_media
 from mmllm.registry import get, names
@@ -69,9 +69,17 @@ def make_jobs(
 
 
 def answer_jobs(
-    jobs: Sequence[Job], seed: int, decoder: Any = None, model: str | Path | None = None, nproc: int = 1
-) -> None:
+    jobs: Sequence[Job],
+    seed: int,
+    decoder: Any = None,
+    model: str | Path | None = None,
+    nproc: int = 1,
+    traced: Sequence[Asked] = (),
+) -> list[Trace]:
     """Fills ``job.row`` of every job, by the decoder or, in ``nproc`` processes, by copies of the model.
+
+    Returns:
+        how the answers to the questions ``traced`` came about; nothing where there is no question or no real decoder.
 
     What two jobs ask alike (a caption of picture j is also the control of the picture that j stands in for) is asked
     once.
@@ -87,14 +95,16 @@ def answer_jobs(
         asked.setdefault(keys[-1], one)
     questions = list(asked.values())
     if nproc > 1 and model is not None:
-        answers = answer_in_processes(model, questions, nproc)
+        answers, steps = answer_in_processes(model, questions, nproc, traced)
     else:
         answers = answer(decoder, questions, Progress(len(questions)).at)
+        steps = trace(decoder, traced) if traced and can_trace(decoder) else []
     found = dict(zip(asked, answers, strict=True))
     for job, key in zip(jobs, keys, strict=True):
         text, scores = found[key]
         job.row = Row(job.sample, text, scores)
         job.task.judge(job.row)
+    return steps
 
 
 def finish(tasks: Sequence[EvalTask], jobs: Sequence[Job]) -> list[Figure]:
@@ -152,16 +162,20 @@ def write_predictions(path: Path, jobs: Sequence[Job]) -> None:
     os.replace(part, path)
 
 
-def write_trace(path: Path, decoder: Any, job: Job, decode: str, seed: int) -> None:
-    """trace.json: how a method other than greedy came to its answer to the first question, token by token."""
-    from mmllm.decode import Decoder, Request
-    from mmllm.decode.trace import trace_request
+def can_trace(decoder: Any) -> bool:
+    from mmllm.decode import Decoder
 
-    if decode == "greedy" or not isinstance(decoder, Decoder):
-        return
-    request = Request(job.task.prompt(job.sample), decode, max_new_tokens=8, seed=seed)
-    found = {"decode": decode, "question": job.sample.question, "media": job.sample.media}
-    found["steps"] = trace_request(decoder, request)
+    return isinstance(decoder, Decoder)
+
+
+def to_trace(job: Job, seed: int) -> Asked:
+    """A job's question, for the trace of its answer."""
+    return Asked(job.task.prompt(job.sample), job.sample.media, max_new_tokens=8, seed=seed, decode=job.decode)
+
+
+def write_trace(path: Path, job: Job, steps: Trace) -> None:
+    """trace.json: how a method other than greedy came to its answer to the first question, token by token."""
+    found = {"decode": job.decode, "question": job.sample.question, "media": job.sample.media, "steps": steps}
     path.write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
@@ -263,7 +277,10 @@ def run_evals(
         raise UserError("two methods would write into one folder", "--decode", "evaluate them one by one")
 
     jobs = {spec: make_jobs(asked[spec], shuffled, control_clusters, seed, blind, spec) for spec in specs}
-    answer_jobs([j for some in jobs.values() for j in some], seed, decoder, model_path, nproc)
+    firsts = {spec: some[0] for spec, some in jobs.items() if some and spec != "greedy"}
+    traced = [to_trace(job, seed) for job in firsts.values()]
+    steps = answer_jobs([j for some in jobs.values() for j in some], seed, decoder, model_path, nproc, traced)
+    traces = dict(zip(firsts, steps, strict=False))  # a decoder of another kind gives none
     found: dict[str, list[Figure]] = {}
     for spec, folder in folders.items():
         folder.mkdir(parents=True, exist_ok=True)
@@ -271,9 +288,8 @@ def run_evals(
         judge_margins(figures, model_path)
         if jobs[spec]:
             write_predictions(folder / "predictions.jsonl", jobs[spec])
-            if spec != "greedy":
-                decoder = decoder or load_decoder(model_path)
-                write_trace(folder / "trace.json", decoder, jobs[spec][0], spec, seed)
+            if spec in traces:
+                write_trace(folder / "trace.json", jobs[spec][0], traces[spec])
         if "retrieval" in chosen:
             from mmllm.evaluate.alignment import alignment_figures
 

@@ -89,3 +89,17 @@ def test_pico_speaks_slower_and_higher_when_asked() -> None:
         for speed, pitch in ((120, 50), (220, 50), (170, 5), (170, 95))
     )
     assert len(slow) > 1.5 * len(fast) and period(low) > 1.2 * period(high)
+
+
+def test_pico_says_the_same_whatever_was_in_memory_before() -> None:
+    pico = pytest.importorskip("mmllm.data.pico")
+    pytest.importorskip("py_nanotts")
+    rng, said, kept = np.random.default_rng(0), [], []
+    for turn in range(8):
+        blocks = [np.frombuffer(rng.bytes(int(n)), np.uint8).copy() for n in rng.choice([300, 3_000, 90_000], 3_000)]
+        kept = blocks[turn % 2 :: 2]  # the others' memory is free again, and full of noise
+        del blocks
+        said.append([pico.say("the word abacus number two", f"pico:en-{place}", 150, 50) for place in ("US", "GB")])
+    assert len(kept) == 1_500
+    for again in said[1:]:
+        assert all(np.array_equal(x, y) for x, y in zip(said[0], again, strict=True))

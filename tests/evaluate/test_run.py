@@ -298,7 +298,7 @@ def test_quick_on_cpu_scores_as_the_model_itself(dataset, tmp_path):
 
 
 def test_several_processes_with_nothing_to_answer(tmp_path):
-    assert answer_in_processes(tmp_path, [], 2) == []  # one scene has no absent name to ask for
+    assert answer_in_processes(tmp_path, [], 2) == ([], [])  # one scene has no absent name to ask for
 
 
 def test_gallery_is_drawn_by_seed_and_shows_truth_and_answer(dataset, tmp_path):
