@@ -20,7 +20,7 @@ from mmllm.data.packing import PackedBatches
 from mmllm.errors import UserError
 from mmllm.model import MMLLMForConditionalGeneration, MMLLMProcessor, build_model, import_llava, load_model
 from mmllm.model.box_tokens import add_box_tokens
-from mmllm.model.chat_template import FLATTEN, PLAIN
+from mmllm.model.chat_template import FLATTEN, NAMED, PLAIN
 from mmllm.model.llava import is_llava
 from mmllm.model.loading import add_injector, add_tiling
 from mmllm.model.packing import allow_packing
@@ -88,17 +88,18 @@ def extend(model: MMLLMForConditionalGeneration, processor: MMLLMProcessor, conf
 
 
 def named_template(name: str) -> str:
-    """``plain`` (lines that begin with User: and Assistant:), or the template of a Jinja file.
+    """``plain`` (lines that begin with User: and Assistant:), ``short`` (no marks but the ends of question and answer),
+    or the template of a Jinja file.
 
     Raises:
         UserError: there is no such file.
     """
-    if name == "plain":
-        return PLAIN
+    if name in NAMED:
+        return NAMED[name]
     try:
         return FLATTEN + Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        raise UserError("no such template file", f"chat_template: {name}", "give plain, or a Jinja file") from None
+        raise UserError("no such template file", f"chat_template: {name}", "give plain, short, or a Jinja file") from None
 
 
 def check_template(config: TuneConfig, data: ChatData, processor: MMLLMProcessor) -> None:

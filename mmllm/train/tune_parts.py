@@ -15,6 +15,7 @@ from mmllm.data.chat_batches import record_media
 from mmllm.errors import UserError, unknown
 from mmllm.model import MMLLMForConditionalGeneration, MMLLMProcessor
 from mmllm.model.fast_lora import fuse_lora
+from mmllm.model.fast_norm import fuse_norms
 from mmllm.model.injection import decoder_layers
 from mmllm.towers.hf_vision import HFVisionTower
 from mmllm.towers.training import apply_train
@@ -45,6 +46,7 @@ def adapt(model: MMLLMForConditionalGeneration, config: TuneConfig) -> list[Para
     if train.injector == "full" and model.injector is not None:
         groups.append(ParamGroup("injector", list(model.injector.parameters()), rate("injector")))
     groups += llm_groups(model, config)
+    fuse_norms(model.language_model)
     for name in MODALITIES:
         choice, tower = getattr(train, name), getattr(model, f"{name}_tower")
         if choice == "none":

@@ -16,11 +16,13 @@ from mmllm.data.conversations import (
     tokenise_conversation,
 )
 from mmllm.errors import UserError
+from mmllm.model.chat_template import SHORT
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["chatml", "plain"])
+@pytest.fixture(scope="module", params=[(True, None), (False, None), (True, SHORT)], ids=["chatml", "plain", "short"])
 def parts(request):
-    return tiny_model(chatml=request.param)
+    chatml, template = request.param
+    return tiny_model(chatml=chatml, chat_template=template)
 
 
 def picture(seed=0):

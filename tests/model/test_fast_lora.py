@@ -63,3 +63,49 @@ def test_under_autocast_peft_computes():
 def test_layers_of_other_kinds_keep_pefts_computation():
     assert fuse_lora(adapted(lora_dropout=0.1)) == 0
     assert fuse_lora(adapted(use_dora=True)) == 0
+
+
+class Cross(torch.nn.Module):
+    """q of one input, k and v of another: named as siblings, but not called as such."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (torch.nn.Linear(6, n) for n in (4, 4, 8))
+
+    def forward(self, x, memory):
+        return torch.cat([self.q_proj(x), self.k_proj(memory), self.v_proj(memory)], -1)
+
+
+def test_layers_named_as_siblings_with_other_inputs_compute_by_themselves():
+    torch.manual_seed(0)
+    plain = get_peft_model(Cross(), LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj"]))
+    for name, p in plain.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p)
+    fused = copy.deepcopy(plain)
+    assert fuse_lora(fused) == 3
+    for turn in range(3):
+        x, memory = torch.randn(5, 6), torch.randn(5, 6)
+        found = []
+        for model in (plain, fused):
+            model.zero_grad()
+            y = model(x, memory if turn else x)  # alike at first, so that they begin as a group
+            (y**2).sum().backward()
+            found.append([y, *(p.grad for p in model.parameters() if p.requires_grad)])
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_an_unused_sibling_has_no_gradient_and_is_not_kept():
+    torch.manual_seed(0)
+    model = get_peft_model(Cross(), LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj"]))
+    assert fuse_lora(model) == 3
+    layers = model.base_model.model
+    for _ in range(2):
+        x = torch.randn(5, 6)
+        (layers.q_proj(x).sum() + layers.v_proj(x).sum()).backward()
+    assert torch.equal(layers.k_proj.lora_A["default"].weight.grad, torch.zeros(2, 6))
+    assert float(layers.q_proj.lora_B["default"].weight.grad.abs().sum()) > 0
+    y = layers.q_proj(torch.randn(5, 6))  # another input: what k had ready is gone
+    assert torch.equal(layers.q_proj.lora_group[0]._input, layers.k_proj.lora_group[0]._input)
+    assert y.shape == (5, 4)

@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmllm.errors import UserError
 from mmllm.model import MMLLMForConditionalGeneration, MMLLMProcessor, build_model, load_model
+from mmllm.model.chat_template import NAMED
 
 RNG = np.random.default_rng(0)
 PICTURES = [Image.fromarray(RNG.integers(0, 255, (40, 30, 3), np.uint8)) for _ in range(3)]
@@ -188,6 +189,16 @@ def test_an_llms_own_template_is_kept_and_gets_its_media_in_place():
     _, processor = build_model((model, tokenizer), *tiny_towers(), dtype=torch.float32)
     text = processor.apply_chat_template(ask("a", PICTURES[0], "b"), add_generation_prompt=True)
     assert text == "<|endoftext|>[user] a<image>b<|endoftext|>[assistant] "
+
+
+def test_the_short_template_marks_ends_alone():
+    model, tokenizer = tiny_llm()
+    _, processor = build_model((model, tokenizer), *tiny_towers(), dtype=torch.float32, chat_template=NAMED["short"])
+    chat = [{"role": "system", "content": "Be brief."}, *ask(PICTURES[0], "a?")]
+    text = processor.apply_chat_template(chat, add_generation_prompt=True)
+    assert text == processor.apply_chat_template(chat) == f"{tokenizer.bos_token or ''}Be brief.\n<image>a?\n"
+    answered = processor.apply_chat_template([*chat, {"role": "assistant", "content": "b"}, *ask("c?")])
+    assert answered == f"{text}b{tokenizer.eos_token}c?\n"
 
 
 def test_folders_that_hold_no_model_are_told(tmp_path):

@@ -58,10 +58,12 @@ def tiny_towers(seed=0):
     return vision, audio
 
 
-def tiny_model(chatml=True, connectors=None, seed=0):
+def tiny_model(chatml=True, connectors=None, seed=0, chat_template=None):
     vision, audio = tiny_towers(seed)
     connectors = connectors or {
         "vision": {"type": "grid_mlp", "hidden_dim": 32, "positions": True},
         "audio": {"type": "avg_pool", "stride": 4},
     }
-    return build_model(tiny_llm(chatml, seed), vision, audio, connectors, dtype=torch.float32)
+    return build_model(
+        tiny_llm(chatml, seed), vision, audio, connectors, dtype=torch.float32, chat_template=chat_template
+    )
