@@ -35,7 +35,7 @@ def test_every_arm_changes_the_recipes_own_configs_and_nothing_else(plan):
         steps = {n: p.train["max_steps"] for n, p in align.phases.items()}
         assert steps["pictures"] == recipe[0].phases["pictures"].train["max_steps"]
         assert pretrain.train.max_steps == recipe[1].train.max_steps
-        assert tune.train.max_steps == (460 if tune.branches_per_row == 1 else 200)
+        assert tune.train.max_steps == (400 if tune.branches_per_row == 1 else 200)
 
 
 def test_what_two_arms_have_in_common_is_run_once(plan, tmp_path):
