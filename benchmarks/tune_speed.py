@@ -2,8 +2,8 @@
 
     python benchmarks/tune_speed.py [--pairs 5] [--json FILE]
 
-The LLM has SmolLM2-135M's shape with random weights; rows have the shape of the starter's (36 picture tokens, then seven
-questions of some 12 tokens each, two pictures a step). A ratio above 1 means that ours is faster.
+The LLM has SmolLM2-135M's shape with random weights; rows have the shape of the starter's (36 picture tokens, then
+seven questions of some 12 tokens each, two pictures a step). A ratio above 1 means that ours is faster.
 """
 
 from __future__ import annotations

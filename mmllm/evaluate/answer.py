@@ -144,7 +144,9 @@ def answer_in_processes(
     with ProcessPoolExecutor(len(dealt), multiprocessing.get_context("spawn"), few_collections) as pool:
         todo = [
             # The last share is never the longest, so its process has the time for the traces.
-            pool.submit(_share, str(model), [asked[i] for i in share], rank, threads, traced if share is dealt[-1] else ())
+            pool.submit(
+                _share, str(model), [asked[i] for i in share], rank, threads, traced if share is dealt[-1] else ()
+            )
             for rank, share in enumerate(dealt)
         ]
         try:

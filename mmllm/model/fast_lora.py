@@ -32,8 +32,8 @@ def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 def fuse_lora(model: nn.Module) -> int:
     """Gives plain LoRA layers of a peft model the fused computation; returns how many.
 
-    Layers with dropout, DoRA, a bias in the adapter, quantised or trainable base weights keep peft's own forward. Layers
-    with the same input are computed together (:mod:`mmllm.model.lora_groups`).
+    Layers with dropout, DoRA, a bias in the adapter, quantised or trainable base weights keep peft's own forward.
+    Layers with the same input are computed together (:mod:`mmllm.model.lora_groups`).
     """
     from peft.tuners.lora import Linear
 

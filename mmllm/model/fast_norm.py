@@ -1,4 +1,4 @@
-"""Frozen RMSNorm layers of an LLM computed on a CPU by :func:`mmllm.blocks.rms_norm.rms_norm`: same numbers, fewer passes."""
+"""An LLM's frozen RMSNorm layers on a CPU, by :func:`mmllm.blocks.rms_norm.rms_norm`: same numbers, fewer passes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA layers that read the same input (q, k, v; gate, up) share what they do with it: x A^T, and the gradients of A and x.
+"""LoRA layers that read the same input (q, k, v; gate, up) share what they do with it: x A^T, the gradients of A and x.
 
 On a CPU the time of low-rank products goes to passes over [tokens, features], so each pass saved counts.
 """
@@ -16,13 +16,13 @@ SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class _LoraLinears(torch.autograd.Function):
-    """y_k = x W_k^T + scale_k (x A_k^T) B_k^T + bias_k, with W frozen; low-rank parts are added in place, without copies
-    of y or of the gradient of x."""
+    """y_k = x W_k^T + scale_k (x A_k^T) B_k^T + bias_k, with W frozen; low-rank parts are added in place, without
+    copies of y or of the gradient of x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layers: Layers, *params: Tensor) -> tuple[Tensor, ...]:
-        """x [..., in], params each layer's A [r, in], then each layer's B [out, r] -> each layer's [..., out]; A and B are
-        cast to x's dtype."""
+        """x [..., in], params each layer's A [r, in], then each layer's B [out, r] -> each layer's [..., out]; A and B
+        are cast to x's dtype."""
         n = len(layers.weights)
         rows = x.reshape(-1, x.shape[-1])
         a = (params[0] if n == 1 else torch.cat(params[:n])).to(x.dtype)

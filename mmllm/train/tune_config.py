@@ -132,8 +132,8 @@ class TuneConfig(StrictModel):
         init: run that this one starts from: of align (gives towers and connectors), pretrain or tune (the model); or a
             model folder, ours or a LLaVA of transformers. None: from ``llm``, ``vision.tower`` and ``audio.tower``.
         llm: folder, hub id or ``starter:NAME``; None takes the one that the align run aimed at.
-        chat_template: of an LLM that has none, or in place of its own: ``plain`` (User: and Assistant: lines), ``short``
-            (no marks but the ends of question and answer) or a Jinja file.
+        chat_template: of an LLM that has none, or in place of its own: ``plain`` (User: and Assistant: lines),
+            ``short`` (no marks but the ends of question and answer) or a Jinja file.
         dataset: ``starter:full``, ``starter:fast`` or a folder; ``data`` are records files in it, each a path or a
             mapping (see ``ChatSource``) that may give its ``weight``, the source's share of each epoch.
         max_rejected: the largest share of a source's records that may be left out as bad.

@@ -88,8 +88,8 @@ def extend(model: MMLLMForConditionalGeneration, processor: MMLLMProcessor, conf
 
 
 def named_template(name: str) -> str:
-    """``plain`` (lines that begin with User: and Assistant:), ``short`` (no marks but the ends of question and answer),
-    or the template of a Jinja file.
+    """``plain`` (lines that begin with User: and Assistant:), ``short`` (no marks but the ends of question and
+    answer), or the template of a Jinja file.
 
     Raises:
         UserError: there is no such file.
