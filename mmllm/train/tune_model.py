@@ -99,7 +99,8 @@ def named_template(name: str) -> str:
     try:
         return FLATTEN + Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        raise UserError("no such template file", f"chat_template: {name}", "give plain, short, or a Jinja file") from None
+        do = "give plain, short, or a Jinja file"
+        raise UserError("no such template file", f"chat_template: {name}", do) from None
 
 
 def check_template(config: TuneConfig, data: ChatData, processor: MMLLMProcessor) -> None:
