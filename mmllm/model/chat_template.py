@@ -35,8 +35,8 @@ PLAIN = (
     "{%- if add_generation_prompt -%}{{- 'Assistant: ' -}}{%- endif -%}"
 )
 
-# Question, line end, answer, end: one token of marks a question where ChatML has six. For small budgets: a quarter of the
-# starter's rows were marks.
+# Question, line end, answer, end: one token of marks a question where ChatML has six. For small budgets: a quarter of
+# the starter's rows were marks.
 SHORT = (
     PARTS + "{{- bos_token -}}"
     "{%- for message in messages -%}"
