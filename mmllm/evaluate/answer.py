@@ -206,9 +206,25 @@ def load_decoder(model_path: str | Path | None, device: str = "auto") -> Any:
         raise UserError("these tasks need a model", "--model", "give --model RUN")
     model, processor = load_model(str(model_path), device=device)
     model = model.eval()
+    wide_head(model)
     if model.device.type == "cpu":
         quick_on_cpu(model)
     return Decoder(model, processor)
+
+
+def wide_head(model: Any) -> None:
+    """Logits in float32 where the head is a linear layer in 16 bits, from its own inputs and weights.
+
+    Bfloat16 has steps of 0.125 where logits are 16 to 32, so that every fifth "left" or "right" was as likely as the
+    other, and the first one was taken.
+    """
+    from torch import nn
+
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or head.weight.dtype.itemsize != 2:
+        return
+    weight, bias = head.weight.detach().float(), None if head.bias is None else head.bias.detach().float()
+    head.forward = lambda states: nn.functional.linear(states.float(), weight, bias)
 
 
 def quick_on_cpu(model: Any) -> None:
