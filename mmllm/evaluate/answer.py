@@ -224,7 +224,7 @@ def wide_head(model: Any) -> None:
     if type(head) is not nn.Linear or head.weight.dtype.itemsize != 2:
         return
     weight, bias = head.weight.detach().float(), None if head.bias is None else head.bias.detach().float()
-    head.forward = lambda states: nn.functional.linear(states.float(), weight, bias)
+    head.forward = lambda input: nn.functional.linear(input.float(), weight, bias)
 
 
 def quick_on_cpu(model: Any) -> None:
