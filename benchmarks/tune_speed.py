@@ -24,6 +24,7 @@ from mmllm.data.conversations import branch_mask
 from mmllm.model.branches import without_last_tokens
 from mmllm.model.fast_lora import fuse_lora
 from mmllm.model.fast_norm import fuse_norms
+from mmllm.model.plain_attention import NAME
 from mmllm.report.figures import Figure, print_figures, write_figures
 from mmllm.towers.efficientnet import EfficientNetLite0Tower
 from mmllm.train.launch import set_threads
@@ -31,7 +32,7 @@ from mmllm.train.launch import set_threads
 ROWS, PICTURE, QUESTIONS, QUESTION = 2, 36, 7, 12
 
 
-def llm(fused: bool = True, attention: str = "eager", norms: bool = True) -> Any:
+def llm(fused: bool = True, attention: str = NAME, norms: bool = True) -> Any:
     """SmolLM2-135M's shape with LoRA on all of its layers."""
     torch.manual_seed(0)
     config = LlamaConfig(
