@@ -88,6 +88,8 @@ class LoraGroup:
                 self._input = x if self._ready else None
                 return found
             self.together, self._ready, self._input = False, {}, None
+        if any(hasattr(m.base_layer.weight, "ds_id") for m in self.members):
+            self.together = False  # ZeRO-3 has the weights of the layer that is called, and no others
         if not self.together:
             return self._compute(x, [which])[0]
         outputs = self._compute(x, range(len(self.members)))
