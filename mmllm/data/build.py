@@ -194,6 +194,7 @@ def write_records(
     files = {f"align/image_{k}": v for k, v in sets.align_pictures(tiles, groups, splits, vendors.held_out).items()}
     files |= {f"align/speech_{k}": sets.speech_records(v, split_of_name, f"speech_{k}") for k, v in clips.items()}
     files |= {
+        "align/hear_train": sets.speech_records(hear_train, split_of_name, "hear_train"),
         "align/regions_train": sets.region_records(scenes["train"], "regions_train", seen),
         "align/regions_val": sets.region_records(scenes["val"], "regions_val", seen),
         "align/regions_new_vendor": sets.region_records(scenes["val_new_vendor"], "regions_new_vendor", new),

@@ -69,6 +69,18 @@ class ConvBlock(nn.Module):
         return h + x if self.residual else h
 
 
+class _Turned(torch.autograd.Function):
+    """[B, C, T] -> [B, T, C], laid out anew both ways: norms and convolutions of strided memory take twice as long."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.transpose(1, 2).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad.transpose(1, 2).contiguous()
+
+
 class TinyAudioTower(Tower):
     """1-D convolutions over log-mel frames; one token per four frames of a fixed window.
 
@@ -126,7 +138,7 @@ class TinyAudioTower(Tower):
         weights = self.attention(h).softmax(-1)
         attended = torch.einsum("bkt,bct->bkc", weights, h).flatten(1)
         pooled = self.pool(torch.cat([attended, h.amax(-1)], 1))
-        tokens = h.transpose(1, 2)
+        tokens = _Turned.apply(h)
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         return Features(tokens, mask, pooled, layers=tapped(states, layers))
 
