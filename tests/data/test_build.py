@@ -184,6 +184,16 @@ def test_fast_starter_set_is_whole() -> None:
     assert (folder / "dataset.json").stat().st_mtime_ns == before  # up to date: not built again
 
 
+def test_sounds_that_are_asked_about_are_those_that_are_aligned(built: tuple[Path, dict]) -> None:
+    folder = built[0]
+    read = lambda name: [json.loads(x) for x in (folder / name).read_text().splitlines()]  # noqa: E731
+    aligned = read("align/hear_train.jsonl")
+    asked = [r["messages"][0]["content"][0]["path"] for r in read("tune/sounds.jsonl")]
+    assert asked and {r["audio"] for r in aligned} == set(asked)
+    assert {r["label"] for r in aligned} >= {r["label"] for r in read("eval/hear.jsonl")}
+    assert not {r["meta"]["voice"] for r in aligned} & {r["meta"]["voice"] for r in read("eval/hear.jsonl")}
+
+
 def test_preview_is_one_page_without_links(built: tuple[Path, dict], tmp_path: Path) -> None:
     from mmllm.cli.data import command
 

@@ -92,3 +92,19 @@ def test_mistakes_are_named(spec, modality, words):
 def test_folder_without_config(tmp_path):
     with pytest.raises(UserError, match="config.json"):
         load_tower(str(tmp_path), "vision")
+
+
+def test_sound_tokens_are_laid_out_anew_and_learn_the_same():
+    """Tokens and the last block's own states are the same numbers; so are the gradients that come back through them."""
+    torch.manual_seed(0)
+    tower = load_tower({"model": "tiny:audio", "hidden_size": 32}, "audio").double().train()
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs_of(tower, items("audio")).items()}
+    factor, gradients = torch.randn(2, tower.num_tokens(), 32, dtype=torch.float64), []
+    for own in (True, False):
+        tower.zero_grad()
+        out = tower(**inputs, layers=(-1,))
+        assert out.tokens.is_contiguous() and torch.equal(out.tokens, out.layers[-1])
+        ((out.tokens if own else out.layers[-1]) * factor[: len(out.tokens)]).sum().backward()
+        gradients.append(tower.stem[0].conv.weight.grad.clone())
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(*gradients)
