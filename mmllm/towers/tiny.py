@@ -70,7 +70,7 @@ class ConvBlock(nn.Module):
 
 
 class _Turned(torch.autograd.Function):
-    """[B, C, T] -> [B, T, C], laid out anew both ways: norms and convolutions of strided memory take twice as long."""
+    """[B, C, T] -> [B, T, C], laid out anew both ways: norms and convolutions are slow on strided memory."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
